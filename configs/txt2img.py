@@ -1,0 +1,192 @@
+r"""Text to image: a KL autoencoder, then a UNet with a text transformer, both trained here.
+
+  python -m latent_diffusion_jax.train --config=configs/txt2img.py --workdir=runs/digits
+
+Variants, as in --config=configs/txt2img.py:VARIANT
+  digits  (default) handwritten digits, 32x32, the model in miniature. Ten minutes on 2 CPU cores;
+          PSNR 30 dB or more, 95 % or more of the samples read as the digit in the prompt.
+  smoke   the same in seconds, to see that everything runs; draws nothing that can be read.
+  paper   256x256, the text-to-image model of the paper (LDM-KL-8, 1.45 billion parameters; tables
+          15 and 17), for your own images on accelerators: add --config.data.name=FOLDER.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+VARIANTS = ("digits", "smoke", "paper")
+
+
+def get_config(variant: str = "digits") -> ConfigDict:
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}")
+    config = paper()
+    if variant in ("digits", "smoke"):
+        config = digits(config)
+    if variant == "smoke":
+        config = smoke(config)
+    return config
+
+
+def paper() -> ConfigDict:
+    config = base.get_config()
+
+    # First stage.
+    first = config.first_stage = ConfigDict()
+    first.autoencoder = ConfigDict()
+    first.autoencoder.image_channels = 3
+    first.autoencoder.z_channels = 4
+    first.autoencoder.embed_dim = 4
+    first.autoencoder.channels = 128
+    first.autoencoder.channel_multipliers = (1, 2, 4, 4)  # f = 8
+    first.autoencoder.num_res_blocks = 2
+    first.autoencoder.attention_levels = ()  # 0 is full resolution
+    first.autoencoder.mid_attention = True
+    first.autoencoder.num_groups = 32
+    first.autoencoder.dtype = "float32"  # of the computation
+    first.discriminator = ConfigDict()
+    first.discriminator.channels = 64
+    first.discriminator.num_layers = 3
+    first.loss = ConfigDict()
+    first.loss.kl_weight = 1e-6
+    first.loss.perceptual_weight = 1.0
+    first.loss.lpips_weights = ""  # a .safetensors file; "": train without the perceptual term
+    first.loss.disc_start = 50_001  # step from which the adversarial term counts
+    first.loss.disc_weight = 0.5
+    first.optimizer = base.optimizer(learning_rate=4.5e-6 * 32)
+    first.optimizer.betas = (0.5, 0.9)
+    first.optimizer.weight_decay = 0.0
+    first.discriminator_optimizer = first.optimizer.copy_and_resolve_references()
+    first.batch_size = 32
+    first.num_steps = 250_000
+    first.scale_examples = 1_024  # images that the latents' scale is measured on
+
+    # Second stage.
+    config.tokenizer = ConfigDict()
+    config.tokenizer.vocab_size = 30_522
+    config.tokenizer.max_length = 77  # tokens
+    config.tokenizer.num_captions = 1_000_000  # to train it on
+    config.text_encoder = ConfigDict()
+    config.text_encoder.width = 1_280
+    config.text_encoder.depth = 32
+    config.text_encoder.num_heads = 8
+    config.text_encoder.head_dim = 64
+    config.text_encoder.dtype = "bfloat16"
+    config.unet = ConfigDict()
+    config.unet.channels = 320
+    config.unet.channel_multipliers = (1, 2, 4, 4)
+    config.unet.num_res_blocks = 2
+    config.unet.attention_levels = (0, 1, 2)  # 0 is the highest resolution
+    config.unet.head_dim = 40
+    config.unet.transformer_depth = 1
+    config.unet.num_groups = 32
+    config.unet.dtype = "bfloat16"
+    config.schedule = ConfigDict()
+    config.schedule.name = "scaled_linear"
+    config.schedule.num_timesteps = 1_000
+    config.schedule.beta_start = 0.00085
+    config.schedule.beta_end = 0.012
+    config.optimizer = base.optimizer(learning_rate=1e-4)
+    config.optimizer.warmup_steps = 10_000
+    config.caption_dropout = 0.1  # share of captions replaced by the empty one, for guidance
+    config.ema_decay = 0.9999
+    config.batch_size = 256
+    config.num_steps = 390_000
+
+    # Samples: what the commands and previews use where nothing else is said.
+    config.sample = ConfigDict()
+    config.sample.sampler = "ddim"
+    config.sample.steps = 50
+    config.sample.guidance_scale = 5.0
+    config.sample.eta = 0.0
+    config.sample.batch_size = 16  # images drawn at once
+    config.sample.prompts = ("a photograph of a mountain lake", "a painting of a city at night")
+    return config
+
+
+def digits(config: ConfigDict) -> ConfigDict:
+    config.data.image_size = 32
+    config.log_every = 20
+    config.eval_every = 200
+    config.eval_examples = 297
+    config.checkpoint_every = 200
+
+    first = config.first_stage
+    first.autoencoder.z_channels = 3
+    first.autoencoder.embed_dim = 3
+    first.autoencoder.channels = 16
+    first.autoencoder.channel_multipliers = (1, 2, 2)  # f = 4
+    first.autoencoder.num_res_blocks = 1
+    first.autoencoder.num_groups = 8
+    first.discriminator.channels = 32
+    first.discriminator.num_layers = 2
+    first.loss.disc_start = 280
+    first.optimizer.learning_rate = 2e-3
+    first.optimizer.warmup_steps = 50
+    first.optimizer.final_fraction = 0.05
+    first.discriminator_optimizer.learning_rate = 5e-4
+    first.batch_size = 32
+    first.num_steps = 400
+
+    config.tokenizer.vocab_size = 256
+    config.tokenizer.max_length = 16
+    config.text_encoder.width = 64
+    config.text_encoder.depth = 2
+    config.text_encoder.num_heads = 2
+    config.text_encoder.head_dim = 32
+    config.text_encoder.dtype = "float32"
+    config.unet.channels = 32
+    config.unet.channel_multipliers = (1, 2)
+    config.unet.attention_levels = (0, 1)
+    config.unet.head_dim = 32
+    config.unet.num_groups = 8
+    config.unet.dtype = "float32"
+    config.schedule.beta_start = 0.0015
+    config.schedule.beta_end = 0.0195
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.final_fraction = 0.05
+    config.optimizer.betas = (0.9, 0.99)
+    config.optimizer.clip_norm = 1.0
+    config.ema_decay = 0.995
+    config.batch_size = 64
+    config.num_steps = 1_000
+
+    config.sample.guidance_scale = 1.5
+    config.sample.batch_size = 50
+    words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    config.sample.prompts = tuple(f"a handwritten {word}" for word in words)
+    return config
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+    config.log_every = 2
+    config.eval_every = 4
+    config.eval_examples = 16
+    config.checkpoint_every = 2
+
+    first = config.first_stage
+    first.autoencoder.channels = 8
+    first.autoencoder.channel_multipliers = (1, 1, 1)
+    first.autoencoder.num_groups = 4
+    first.autoencoder.mid_attention = False
+    first.discriminator.channels = 8
+    first.loss.disc_start = 2
+    first.batch_size = 8
+    first.num_steps = 4
+    first.scale_examples = 32
+
+    config.text_encoder.width = 16
+    config.text_encoder.depth = 1
+    config.text_encoder.head_dim = 8
+    config.unet.channels = 8
+    config.unet.num_res_blocks = 1
+    config.unet.attention_levels = (1,)
+    config.unet.head_dim = 8
+    config.unet.num_groups = 4
+    config.optimizer.warmup_steps = 1
+    config.batch_size = 8
+    config.num_steps = 4
+    config.sample.steps = 4
+    config.sample.batch_size = 8
+    return config

@@ -1,0 +1,206 @@
+"""From a config to data, networks and stages: the one place where config sections become objects.
+
+The keys of a section are the arguments of what it builds.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+from absl import logging
+from ml_collections import ConfigDict
+
+from latent_diffusion_jax.conditioning import text
+from latent_diffusion_jax.conditioning.tokenizers import encode
+from latent_diffusion_jax.conditioning.tokenizers import max_length as token_length
+from latent_diffusion_jax.data import pipeline
+from latent_diffusion_jax.data.sources import open_source
+from latent_diffusion_jax.diffusion.samplers import SAMPLERS
+from latent_diffusion_jax.diffusion.schedules import make_schedule
+from latent_diffusion_jax.ldm import LatentDiffusion
+from latent_diffusion_jax.models.autoencoder import AutoencoderKL
+from latent_diffusion_jax.models.discriminator import PatchDiscriminator
+from latent_diffusion_jax.models.lpips import LPIPS
+from latent_diffusion_jax.models.text_transformer import TextTransformer
+from latent_diffusion_jax.models.unet import UNet
+from latent_diffusion_jax.runtime import checkpoints, sharding
+from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.training import autoencoder_stage, diffusion_stage
+from latent_diffusion_jax.training.autoencoder_stage import Perceptual
+from latent_diffusion_jax.training.optimizer import make_optimizer
+from latent_diffusion_jax.training.state import Stage
+from latent_diffusion_jax.weights import lpips as lpips_weights
+
+STAGES = ("first_stage", "diffusion")
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def network_fields(section: ConfigDict) -> dict[str, Any]:
+    """A section as keyword arguments, the dtype's name replaced by the dtype."""
+    fields = dict(section)
+    if "dtype" in fields:
+        if fields["dtype"] not in DTYPES:
+            raise UserError(f"unknown dtype {fields['dtype']!r}; known: {', '.join(DTYPES)}")
+        fields["dtype"] = DTYPES[fields["dtype"]]
+    return fields
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises UserError for values that could not work, before anything is built from them."""
+    unknown = [name for name in config.stages if name not in STAGES]
+    if unknown or not config.stages:
+        raise UserError(f"stages={tuple(config.stages)}; known stages: {', '.join(STAGES)}")
+    ordered = [name for name in STAGES if name in config.stages]
+    if list(config.stages) != ordered:
+        raise UserError(f"stages={tuple(config.stages)} must be in the order {tuple(ordered)}")
+    factor = autoencoder(config).downsampling_factor
+    size, levels = config.data.image_size, len(config.unet.channel_multipliers)
+    if size % factor or (size // factor) % 2 ** (levels - 1):
+        raise UserError(
+            f"data.image_size={size} must be a multiple of {factor * 2 ** (levels - 1)}: the "
+            f"autoencoder divides it by {factor}, the UNet by {2 ** (levels - 1)} more"
+        )
+    for name, section in (("first_stage.autoencoder", config.first_stage.autoencoder),
+                          ("unet", config.unet)):  # fmt: skip
+        widths = [section.channels * multiplier for multiplier in section.channel_multipliers]
+        if any(width % section.num_groups for width in widths):
+            raise UserError(f"{name}.num_groups={section.num_groups} must divide {widths}")
+    if any(width % config.unet.head_dim for width in
+           (config.unet.channels * config.unet.channel_multipliers[i]
+            for i in (*config.unet.attention_levels, -1))):  # fmt: skip
+        raise UserError(f"unet.head_dim={config.unet.head_dim} must divide the attended widths")
+    if config.sample.sampler not in SAMPLERS:
+        known = ", ".join(SAMPLERS)
+        raise UserError(f"unknown sampler {config.sample.sampler!r}; known: {known}")
+    for key, steps in (("num_steps", config.num_steps),
+                       ("first_stage.num_steps", config.first_stage.num_steps)):  # fmt: skip
+        if steps < 1:
+            raise UserError(f"{key}={steps} must be at least 1")
+
+
+def data_sources(config: ConfigDict) -> tuple[pipeline.DecodedSource, pipeline.DecodedSource]:
+    """The training and the held-out split, checked for damaged images."""
+    data, sources = config.data, []
+    for split in (data.train_split, data.test_split):
+        records = open_source(
+            data.name,
+            split,
+            data_dir=data.data_dir or None,
+            image_key=data.image_key,
+            caption_key=data.caption_key,
+            caption_template=data.caption_template,
+            holdout_share=data.holdout_share,
+        )
+        if not len(records):
+            raise UserError(f"split {split!r} of data {data.name!r} is empty")
+        source = pipeline.DecodedSource(records, data.max_damaged_share)
+        source.check(data.check_images)
+        sources.append(source)
+    return sources[0], sources[1]
+
+
+def example_maker(config: ConfigDict, tokenizer: tokenizers.Tokenizer | None) -> pipeline.Prepare:
+    """How a record becomes an example: `image` and, with a tokenizer, `tokens`."""
+    size, flip = config.data.image_size, config.data.random_flip
+
+    def prepare(record: dict[str, Any], rng: np.random.Generator | None) -> pipeline.Example:
+        example = {"image": pipeline.image_example(record, rng, size, flip)}
+        if tokenizer is not None:
+            example["tokens"] = text.caption_tokens(record, rng, tokenizer)
+        return example
+
+    return prepare
+
+
+def autoencoder(config: ConfigDict) -> AutoencoderKL:
+    return AutoencoderKL(**network_fields(config.first_stage.autoencoder))
+
+
+def perceptual_distance(weights: str) -> Perceptual | None:
+    """LPIPS with weights from a file; None, and a log line, where none are given."""
+    if not weights:
+        logging.info(
+            "perceptual loss: off, no LPIPS weights given (first_stage.loss.lpips_weights)"
+        )
+        return None
+    params = lpips_weights.load(weights)
+    return lambda x, y: LPIPS().apply({"params": params}, x, y)
+
+
+def first_stage(config: ConfigDict) -> Stage:
+    """The autoencoder's training stage."""
+    section = config.first_stage
+    num_steps = section.num_steps
+    size = config.data.image_size
+    # The discriminator's schedule counts from its own first update.
+    disc_steps = max(num_steps - section.loss.disc_start, 1)
+    return autoencoder_stage.make_stage(
+        autoencoder(config),
+        PatchDiscriminator(**section.discriminator),
+        {
+            "autoencoder": make_optimizer(num_steps, **section.optimizer),
+            "discriminator": make_optimizer(disc_steps, **section.discriminator_optimizer),
+        },
+        (size, size, section.autoencoder.image_channels),
+        kl_weight=section.loss.kl_weight,
+        perceptual=perceptual_distance(section.loss.lpips_weights),
+        perceptual_weight=section.loss.perceptual_weight,
+        disc_start=section.loss.disc_start,
+        disc_weight=section.loss.disc_weight,
+    )
+
+
+def latent_diffusion(config: ConfigDict, vocab_size: int, max_length: int) -> LatentDiffusion:
+    """The networks of both stages."""
+    conditioner = TextTransformer(
+        vocab_size=vocab_size, max_length=max_length, **network_fields(config.text_encoder)
+    )
+    unet = UNet(
+        out_channels=config.first_stage.autoencoder.embed_dim, **network_fields(config.unet)
+    )
+    schedule = make_schedule(**config.schedule)
+    return LatentDiffusion(autoencoder(config), conditioner, unet, schedule, config.data.image_size)
+
+
+def second_stage(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> Stage:
+    """The UNet's and the conditioner's training stage."""
+    return diffusion_stage.make_stage(
+        latent_diffusion(config, tokenizer.get_vocab_size(), token_length(tokenizer)),
+        make_optimizer(config.num_steps, **config.optimizer),
+        text.null_tokens(tokenizer),
+        encode(tokenizer, config.sample.prompts),
+        caption_dropout=config.caption_dropout,
+        ema_decay=config.ema_decay,
+        preview_steps=config.sample.steps,
+        preview_guidance_scale=config.sample.guidance_scale,
+    )
+
+
+def load_first_stage(
+    config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+    """The frozen parameters `autoencoder` and `scale_factor` of a workdir's first stage.
+
+    Raises:
+      UserError: it is not there, not complete or damaged.
+    """
+    directory = workdir / "first_stage"
+    step = checkpoints.latest_step(directory)
+    if step is None or step < config.first_stage.num_steps:
+        raise UserError(f"{directory} holds no complete first stage; train it first (stages)")
+    network, size = autoencoder(config), config.data.image_size
+    images = jax.ShapeDtypeStruct((1, size, size, network.image_channels), np.float32)
+    latent = size // network.downsampling_factor
+    noise = jax.ShapeDtypeStruct((1, latent, latent, network.embed_dim), np.float32)
+    params = jax.eval_shape(network.init, jax.random.key(0), images, noise)["params"]
+    shapes = {"params": {"autoencoder": params}}
+    wanted = checkpoints.abstract(shapes, sharding.state_sharding(shapes, mesh))
+    part = checkpoints.restore_part(directory, step, wanted)
+    scale = np.float32(checkpoints.read_json(directory, step, "info")["scale_factor"])
+    return {
+        "autoencoder": part["params"]["autoencoder"],
+        "scale_factor": jax.device_put(scale, sharding.replicated(mesh)),
+    }

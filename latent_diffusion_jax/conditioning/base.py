@@ -1,0 +1,30 @@
+"""Conditions: what a model is told about the image it is to make."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Cond:
+    """A condition as the UNet takes it, whatever it was made from.
+
+    Attributes:
+      context: tokens for cross-attention [B, L, D], or None.
+    """
+
+    context: jax.Array | None = None
+
+
+def drop(inputs: jax.Array, null: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
+    """Replaces rows by the null input with probability `rate`, to train for guidance.
+
+    Args:
+      inputs: the condition's inputs [B, ...], such as token ids.
+      null: what stands for "no condition" [...].
+      keys: a random key for each row [B].
+      rate: probability of a replacement, in [0, 1].
+    """
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
+    dropped = dropped.reshape((-1,) + (1,) * (inputs.ndim - 1))
+    return jnp.where(dropped, null[None], inputs)

@@ -1,0 +1,168 @@
+"""Batches from a source: shuffled by seed, sharded by process, resumable; and in order.
+
+A loader's position is the number of batches it has given, the same for any number of processes.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import logging
+
+from latent_diffusion_jax.data.sources import Source
+from latent_diffusion_jax.runtime import images
+from latent_diffusion_jax.runtime.errors import UserError
+
+Example = dict[str, np.ndarray]
+Prepare = Callable[[dict[str, Any], np.random.Generator | None], Example]
+
+
+class DecodedSource:
+    """A source with decoded images, in which a damaged image is replaced by the next whole one.
+
+    Which image stands in depends on the data alone, so runs stay reproducible. Every damaged one
+    is named in the log once and counted.
+
+    Raises (on access):
+      UserError: more than `max_damaged_share` of the images are damaged.
+    """
+
+    def __init__(self, source: Source, max_damaged_share: float):
+        self._source = source
+        self._limit = int(max_damaged_share * len(source))
+        self._share = max_damaged_share
+        self._damaged: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        for i in range(len(self)):
+            record = self._source[(index + i) % len(self)]
+            try:
+                return record | {"image": images.decode(record["image"])}
+            except ValueError as error:
+                self._note((index + i) % len(self), record["name"], str(error))
+        raise UserError(f"none of the {len(self)} images can be decoded")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    @property
+    def records(self) -> Source:
+        """The source underneath, with images left encoded."""
+        return self._source
+
+    @property
+    def damaged(self) -> dict[int, str]:
+        """Names of the damaged images seen so far, by index."""
+        return dict(self._damaged)
+
+    def _note(self, index: int, name: str, reason: str) -> None:
+        with self._lock:
+            if index in self._damaged:
+                return
+            self._damaged[index] = name
+            count = len(self._damaged)
+        logging.warning("cannot decode image %s: %s (%d so far)", name, reason, count)
+        if count > self._limit:
+            raise UserError(
+                f"{count} of {len(self)} images cannot be decoded, the last is {name} ({reason}); "
+                f"at most {self._limit} may be skipped (data.max_damaged_share={self._share})"
+            )
+
+    def check(self, count: int) -> None:
+        """Decodes up to `count` images, spread evenly, so that damage shows before training."""
+        for index in np.unique(np.linspace(0, len(self) - 1, min(count, len(self)), dtype=int)):
+            self[int(index)]
+
+
+def image_example(
+    record: dict[str, Any], rng: np.random.Generator | None, size: int, random_flip: bool
+) -> np.ndarray:
+    """The image of a record as uint8 [size, size, 3]; no `rng` means no augmentation."""
+    image = images.resize_and_crop(record["image"], size, rng)
+    if random_flip and rng is not None and rng.random() < 0.5:
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
+
+
+class _PrepareAt(grain.transforms.RandomMap):
+    """Applies `prepare` with a generator that depends on the seed and the global index alone."""
+
+    def __init__(self, prepare: Prepare):
+        self._prepare = prepare
+
+    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> Example:
+        return self._prepare(element, rng)
+
+
+def train_loader(
+    source: DecodedSource,
+    prepare: Prepare,
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int,
+    process_count: int,
+    num_threads: int,
+) -> Any:
+    """An endless iterator of this process' share of each global batch.
+
+    Reshuffled every epoch. Row r of global batch s is the same for any number of processes.
+
+    Args:
+      source: where records come from.
+      prepare: (record, generator) -> example of arrays.
+      batch_size: of the global batch; the number of processes divides it.
+      seed: of order and augmentation.
+      process_index: this process.
+      process_count: all of them.
+      num_threads: for reading and decoding; as many batches are made in advance.
+
+    Returns:
+      A Grain iterator with `get_state` and `set_state`.
+    """
+    local = batch_size // process_count
+    dataset = (
+        grain.MapDataset.source(source)
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .random_map(_PrepareAt(prepare))  # before the slice: keyed by the global index
+    )
+    if process_count > 1:
+        # Process p owns rows [p * local, (p + 1) * local) of every global batch.
+        dataset = dataset.batch(local)[process_index::process_count]
+    else:
+        dataset = dataset.batch(local)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads)
+    return iter(dataset.to_iter_dataset(options))
+
+
+def eval_batches(
+    source: DecodedSource,
+    prepare: Prepare,
+    *,
+    batch_size: int,
+    num_examples: int,
+    process_index: int,
+    process_count: int,
+) -> Iterator[tuple[Example, int]]:
+    """The first examples in order, not augmented: (this process' rows, valid rows in all).
+
+    The last global batch is filled up with repeated examples, so that all have one shape.
+    """
+    num_examples = min(num_examples, len(source))
+    local = batch_size // process_count
+    for start in range(0, num_examples, batch_size):
+        valid = min(batch_size, num_examples - start)
+        rows = range(start + process_index * local, start + (process_index + 1) * local)
+        examples = [prepare(source[min(row, num_examples - 1)], None) for row in rows]
+        yield {key: np.stack([e[key] for e in examples]) for key in examples[0]}, valid

@@ -1,0 +1,91 @@
+"""Layers that the autoencoder, the UNet and the text encoder share. NHWC throughout."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+ArrayLike = Any
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation computed in float32, returned in the input's dtype."""
+
+    num_groups: int = 32
+    epsilon: float = 1e-5  # 1e-5 in the UNet, 1e-6 in the autoencoder and in transformers
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        norm = nn.GroupNorm(num_groups=self.num_groups, epsilon=self.epsilon, dtype=jnp.float32)
+        return norm(x.astype(jnp.float32)).astype(x.dtype)
+
+
+class Dense(nn.Module):
+    """A dense layer on the last axis, with the leading axes flattened first.
+
+    The weight gradient then contracts over one axis instead of two, which XLA's CPU backend does
+    three to four times as fast; on accelerators it changes nothing.
+    """
+
+    features: int
+    use_bias: bool = True
+    zero_init: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.zeros_init() if self.zero_init else nn.initializers.lecun_normal()
+        dense = nn.Dense(
+            self.features, self.use_bias, dtype=self.dtype, kernel_init=init, name="dense"
+        )
+        y = dense(x.reshape(-1, x.shape[-1]))
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+def conv(
+    features: int,
+    kernel: int,
+    dtype: Any,
+    name: str,
+    *,
+    zero_init: bool = False,
+    strides: int = 1,
+    padding: Any = "SAME",
+) -> nn.Conv:
+    """A square 2-D convolution; `zero_init` starts a residual branch at zero."""
+    init = nn.initializers.zeros_init() if zero_init else nn.initializers.lecun_normal()
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        strides=strides,
+        padding=padding,
+        dtype=dtype,
+        kernel_init=init,
+        name=name,
+    )
+
+
+def upsample_nearest(x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, 2H, 2W, C], each pixel repeated."""
+    b, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+    return x.reshape(b, 2 * h, 2 * w, c)
+
+
+def timestep_embedding(t: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
+    """Sinusoidal embedding of timesteps, cosines first, as in LDM.
+
+    Args:
+      t: timesteps [B], integer or float.
+      width: size of the embedding.
+      max_period: period of the slowest sinusoid, in timesteps.
+
+    Returns:
+      Embedding [B, width], float32.
+    """
+    half = width // 2
+    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None]
+    embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, width - 2 * half)))

@@ -1,0 +1,123 @@
+"""Checkpoints: Orbax, asynchronous, with the run's config, data position and tokenizer inside.
+
+A checkpoint of a stage is `<workdir>/<stage>/<step>/` with the items `state`, `data` (position of
+the data iterator), `config`, `info` and, where the stage has one, `tokenizer/tokenizer.json`.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from latent_diffusion_jax.runtime.errors import UserError
+
+JSON_ITEMS = ("data", "config", "info", "tokenizer")
+
+
+def open_manager(
+    directory: pathlib.Path, *, keep: int = 1, create: bool = False, partial: bool = False
+) -> Any:
+    """A CheckpointManager for one stage.
+
+    Args:
+      directory: the stage's folder.
+      keep: how many of the last checkpoints stay.
+      create: whether it is there to write: makes the folder and clears away interrupted saves.
+      partial: whether it is there to read parts of a state.
+    """
+    handlers: dict[str, Any] = {name: ocp.JsonCheckpointHandler() for name in JSON_ITEMS}
+    handlers["tokenizer"] = ocp.JsonCheckpointHandler(filename="tokenizer.json")
+    handlers["state"] = (
+        ocp.PyTreeCheckpointHandler() if partial else ocp.StandardCheckpointHandler()
+    )
+    options = ocp.CheckpointManagerOptions(
+        create=create,
+        preservation_policy=checkpoint_managers.LatestN(keep),
+        # The caller decides when to save, every time.
+        save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
+        cleanup_tmp_directories=create,
+    )
+    return ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers)
+
+
+def latest_step(directory: pathlib.Path) -> int | None:
+    """Step of the last complete checkpoint in a stage's folder, None where there is none."""
+    if not directory.is_dir():
+        return None
+    with open_manager(directory) as manager:
+        return manager.latest_step()
+
+
+def save(manager: Any, step: int, state: Any, items: dict[str, Any]) -> None:
+    """Starts an asynchronous save of a state and of JSON items; a step already saved is kept."""
+    if step in manager.all_steps():
+        return
+    args = {name: ocp.args.JsonSave(value) for name, value in items.items() if value is not None}
+    manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), **args))
+
+
+def restore_state(manager: Any, step: int, shapes: Any) -> Any:
+    """The whole state of a checkpoint.
+
+    Args:
+      manager: from `open_manager`.
+      step: which checkpoint.
+      shapes: tree of ShapeDtypeStruct with shardings, what the state has to look like.
+
+    Raises:
+      UserError: it looks otherwise, or is damaged.
+    """
+    try:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+        return manager.restore(step, args=args).state
+    except Exception as error:  # Orbax raises many kinds
+        raise UserError(_damaged(manager, step, error)) from error
+
+
+def restore_part(directory: pathlib.Path, step: int, shapes: dict[str, Any]) -> dict[str, Any]:
+    """Some top-level entries of a checkpoint's state, such as {"ema": ...}, and nothing else."""
+    with open_manager(directory, partial=True) as manager:
+        try:
+            restore_args = ocp.checkpoint_utils.construct_restore_args(shapes)
+            args = ocp.args.PyTreeRestore(
+                item=shapes, restore_args=restore_args, partial_restore=True
+            )
+            return manager.restore(step, args=ocp.args.Composite(state=args)).state
+        except Exception as error:
+            raise UserError(_damaged(manager, step, error)) from error
+
+
+def read_json(directory: pathlib.Path, step: int, item: str) -> Any:
+    """One of a checkpoint's JSON items.
+
+    Raises:
+      UserError: the checkpoint has no such item, or it is damaged.
+    """
+    with open_manager(directory) as manager:
+        try:
+            args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
+            return manager.restore(step, args=args)[item]
+        except Exception as error:
+            raise UserError(_damaged(manager, step, error)) from error
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a JSON file so that it is either whole or not there."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)
+
+
+def abstract(shapes: Any, shardings: Any) -> Any:
+    """Joins shapes and shardings into what `restore_state` takes."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def _damaged(manager: Any, step: int, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:600]
+    return f"cannot restore checkpoint {manager.directory}/{step}: {reason}"

@@ -1,0 +1,99 @@
+"""What the commands share: flags with a config, clear errors, a request to stop."""
+
+import difflib
+import importlib.util
+import pathlib
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_collections
+from absl import app, flags
+
+from latent_diffusion_jax.runtime.errors import UserError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command: parses flags, then `main`. A UserError ends it with one line and status 2."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")
+        main()
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            return flags.FLAGS(list(argv), known_only=False)
+        except flags.Error as error:
+            raise UserError(str(error)) from error
+        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+            raise UserError(_config_error(argv, error)) from error
+
+    # absl's own parser would print a usage text or a traceback.
+    try:
+        app.run(guarded, argv=sys.argv, flags_parser=parse)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested config -> {"unet.channels": 64, ...}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict | ml_collections.ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _config_error(argv: Sequence[str], error: Exception) -> str:
+    """Why the config flags could not be parsed; names the nearest key for an unknown one."""
+    file = next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")), None)
+    if file is None:
+        return f"give --config=FILE before its overrides ({error})"
+    path, _, variant = file.partition(":")
+    if not pathlib.Path(path).is_file():
+        return f"config file {path} does not exist"
+    try:
+        spec = importlib.util.spec_from_file_location("config_file", path)
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+        known = flatten(module.get_config(*([variant] if variant else [])))
+    except Exception as file_error:
+        return f"config {file}: {file_error}"
+    for arg in argv:
+        match = re.match(r"--(?:no)?config\.([^=]+)", arg)
+        if match and match[1] not in known:
+            close = difflib.get_close_matches(match[1], known, n=1, cutoff=0.0)
+            return f"unknown config key {match[1]!r}; the nearest known one is {close[0]!r}"
+    return f"config {file}: {error}"
+
+
+class StopRequest:
+    """Becomes true on Ctrl-C or SIGTERM; a second one ends the program at once."""
+
+    def __init__(self) -> None:
+        self._requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __call__(self) -> bool:
+        return self._requested
+
+    def _on_signal(self, number: int, _: object) -> None:
+        self._requested = True
+        name = signal.Signals(number).name
+        print(f"\n{name}: finishing this step, then saving; once more to quit", file=sys.stderr)
+        self.__exit__()

@@ -1,0 +1,130 @@
+"""Where figures and pictures of a run go: JSONL, TensorBoard and the terminal."""
+
+import json
+import logging as python_logging
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+
+import numpy as np
+import rich.console
+import rich.progress
+from absl import logging
+from tensorboardX import SummaryWriter
+
+
+class _Formatter(python_logging.Formatter):
+    """Time and message; warnings and errors say that they are."""
+
+    def format(self, record: python_logging.LogRecord) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        level = "" if record.levelno <= python_logging.INFO else f"{record.levelname.lower()}: "
+        return f"{clock} {level}{record.getMessage()}"
+
+
+def set_up_logging() -> None:
+    """Shows this package's log lines and other packages' warnings, without their chatter."""
+    package = str(pathlib.Path(__file__).parent.parent)
+    handler = logging.get_absl_handler()
+    handler.addFilter(
+        lambda record: record.levelno > python_logging.INFO or record.pathname.startswith(package)
+    )
+    handler.setFormatter(_Formatter())
+    logging.set_verbosity(logging.INFO)
+
+
+class RunWriter:
+    """Writes a stage's scalars to `metrics.jsonl` and TensorBoard, and its images to the latter.
+
+    On every process but the first all methods do nothing.
+    """
+
+    def __init__(self, workdir: pathlib.Path, stage: str, start_step: int, enabled: bool):
+        self._enabled, self._stage = enabled, stage
+        if not enabled:
+            return
+        path = workdir / "metrics.jsonl"
+        _drop_rows(path, stage, start_step)
+        self._jsonl = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(
+            str(workdir / "tensorboard" / stage), purge_step=start_step + 1, flush_secs=10
+        )
+
+    def scalars(self, step: int, values: Mapping[str, float], prefix: str) -> None:
+        """Writes e.g. `train/loss` for prefix `train`."""
+        if not self._enabled:
+            return
+        named = {f"{prefix}/{name}": float(value) for name, value in values.items()}
+        row = {"stage": self._stage, "step": step, "time": round(time.time(), 3), **named}
+        self._jsonl.write(json.dumps(row) + "\n")
+        self._jsonl.flush()
+        for name, value in named.items():
+            self._board.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes uint8 [H, W, 3]."""
+        if self._enabled:
+            self._board.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._enabled:
+            self._jsonl.close()
+            self._board.close()
+
+
+def _drop_rows(path: pathlib.Path, stage: str, start_step: int) -> None:
+    """Removes what an interrupted run wrote after its last checkpoint; it will be written again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # cut off by a kill
+            continue
+        if row["stage"] != stage or row["step"] <= start_step:
+            kept.append(line)
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+class Progress:
+    """A bar with loss, images/s and time left; plain log lines where there is no terminal."""
+
+    def __init__(self, stage: str, start_step: int, num_steps: int, enabled: bool):
+        self._stage, self._num_steps = stage, num_steps
+        self._enabled = enabled
+        self._bar = None
+        if enabled and sys.stderr.isatty():
+            self._bar = rich.progress.Progress(
+                "{task.description}",
+                rich.progress.BarColumn(),
+                rich.progress.MofNCompleteColumn(),
+                "{task.fields[figures]}",
+                rich.progress.TimeRemainingColumn(),
+                console=rich.console.Console(stderr=True),
+            )
+            self._task = self._bar.add_task(
+                stage, total=num_steps, completed=start_step, figures=""
+            )
+            self._bar.start()
+
+    def step(self, step: int) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def figures(self, step: int, loss: float, images_per_second: float, seconds: float) -> None:
+        """Shows the latest figures; `seconds` is the time of one step."""
+        if self._bar:
+            text = f"loss {loss:.4g}  {images_per_second:.0f} images/s"
+            self._bar.update(self._task, completed=step, figures=text)
+        elif self._enabled:
+            left = (self._num_steps - step) * seconds
+            logging.info(
+                "%s: step %d/%d  loss %.4g  %.0f images/s  %.0f s left",
+                *(self._stage, step, self._num_steps, loss, images_per_second, left),
+            )
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()

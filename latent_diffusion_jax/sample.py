@@ -1,0 +1,100 @@
+r"""Draws images from prompts with a trained model.
+
+  python -m latent_diffusion_jax.sample --workdir=runs/digits --prompt="a handwritten seven" \
+      --num_images=16 --out=grid.png
+
+Many at once: --prompts_file=FILE (one a line) and --out=DIR/ (one PNG an image, and a
+metadata.jsonl with the prompt and the seed of each).
+"""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+from absl import flags
+
+from latent_diffusion_jax import pipelines
+from latent_diffusion_jax.conditioning import tokenizers as captions
+from latent_diffusion_jax.runtime import images, loggers
+from latent_diffusion_jax.runtime.commands import run
+from latent_diffusion_jax.runtime.errors import UserError
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("workdir", None, "Folder that train wrote.", required=True)
+flags.DEFINE_string("prompt", None, "What to draw.")
+flags.DEFINE_string("prompts_file", None, "File with a prompt on each line, instead of --prompt.")
+flags.DEFINE_integer("num_images", 1, "Images for each prompt.", lower_bound=1)
+flags.DEFINE_integer("seed", 0, "Seed of the first image; the next ones count up from it.")
+flags.DEFINE_integer("steps", None, "Sampling steps; default from the config.", lower_bound=1)
+flags.DEFINE_float("guidance_scale", None, "1 is no guidance; default from the config.")
+flags.DEFINE_string("sampler", None, "ddim or ddpm; default from the config.")
+flags.DEFINE_float("eta", None, "DDIM's noise, 0 to 1; default from the config.")
+flags.DEFINE_integer("batch_size", None, "Images drawn at once; default from the config.")
+flags.DEFINE_string("out", "grid.png", "A .png for one grid; a folder, with a / at its end or "
+                    "already there, for one PNG an image.")  # fmt: skip
+
+GRID_COLUMNS = 4
+
+
+def read_prompts(prompt: str | None, prompts_file: str | None) -> list[str]:
+    """The prompt of a flag or the lines of a file; exactly one of both must be given."""
+    if (prompt is None) == (prompts_file is None):
+        raise UserError("give either --prompt or --prompts_file")
+    if prompt is not None:
+        return [prompt]
+    assert prompts_file is not None
+    try:
+        lines = pathlib.Path(prompts_file).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read prompts file {prompts_file}: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"prompts file {prompts_file} has no prompts")
+    return prompts
+
+
+def write_folder(
+    folder: pathlib.Path, drawn: np.ndarray, prompts: list[str], seeds: list[int]
+) -> None:
+    """One PNG an image and a metadata.jsonl, the layout that `data.name` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i, (image, prompt, seed) in enumerate(zip(drawn, prompts, seeds, strict=True)):
+        name = f"{i:05d}.png"
+        images.save_png(folder / name, image)
+        rows.append(json.dumps({"file_name": name, "text": prompt, "seed": seed}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
+
+
+def main() -> None:
+    loggers.set_up_logging()
+    out = pathlib.Path(FLAGS.out)
+    to_folder = FLAGS.out.endswith("/") or out.is_dir()
+    if not to_folder and out.suffix.lower() != ".png":
+        raise UserError(f"--out={FLAGS.out} must be a .png file, or a folder with a / at its end")
+    prompts = read_prompts(FLAGS.prompt, FLAGS.prompts_file)
+    pipe = pipelines.load(FLAGS.workdir)
+    for prompt in prompts:
+        for complaint in captions.complaints(pipe.tokenizer, prompt):
+            print(f"warning: prompt {prompt!r}: {complaint}", file=sys.stderr)
+    prompts = [prompt for prompt in prompts for _ in range(FLAGS.num_images)]
+    seeds = [FLAGS.seed + i for i in range(len(prompts))]
+    drawn = pipe(
+        prompts,
+        seed=seeds,
+        steps=FLAGS.steps,
+        guidance_scale=FLAGS.guidance_scale,
+        sampler=FLAGS.sampler,
+        eta=FLAGS.eta,
+        batch_size=FLAGS.batch_size or min(len(prompts), pipe.config.sample.batch_size),
+    )
+    if to_folder:
+        write_folder(out, drawn, prompts, seeds)
+    else:
+        images.save_png(out, images.grid(drawn, GRID_COLUMNS))
+    print(f"{len(drawn)} image(s) -> {out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,219 @@
+"""Trains the stages that a config names, in order, in one workdir.
+
+  python -m latent_diffusion_jax.train --config=configs/txt2img.py --workdir=runs/digits
+
+A stage whose last checkpoint is complete is skipped, one that was interrupted goes on where it
+was. Overrides: --config.optimizer.learning_rate=1e-4; variants: --config=configs/txt2img.py:smoke.
+"""
+
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import tokenizers
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from latent_diffusion_jax import build
+from latent_diffusion_jax.conditioning import tokenizers as captions
+from latent_diffusion_jax.runtime import checkpoints, loggers, sharding
+from latent_diffusion_jax.runtime.commands import StopRequest, flatten, run
+from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.training import loop
+from latent_diffusion_jax.training.state import State, to_float
+
+# Keys that may change between calls in one workdir: they do not change what is learned.
+FREE_KEYS = (
+    "stages",
+    "mesh.",
+    "log_every",
+    "eval_every",
+    "eval_examples",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "sample.",
+    "num_steps",
+    "data.num_threads",
+    "data.data_dir",
+    "data.check_images",
+)
+
+
+def train(
+    config: ConfigDict,
+    workdir: str | pathlib.Path,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Trains all stages; False where `should_stop` ended it early, with everything saved.
+
+    Raises:
+      UserError: the config, the data, the devices or the workdir do not fit, found before the
+        first step; or training itself fails for a reason that can be put right.
+    """
+    workdir = pathlib.Path(workdir).expanduser().absolute()
+    build.check_config(config)
+    mesh = sharding.make_mesh(dict(config.mesh))
+    for key in ("batch_size", "first_stage.batch_size"):
+        sharding.check_batch_size(flatten(config)[key], mesh, key)
+    as_json = json.loads(config.to_json())
+    check_workdir(as_json, workdir)
+    train_source, test_source = build.data_sources(config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        checkpoints.write_json(workdir / "config.json", as_json)
+    shared = loop.Run(
+        workdir=workdir,
+        mesh=mesh,
+        train_source=train_source,
+        test_source=test_source,
+        config=as_json,
+        should_stop=should_stop,
+        seed=config.seed,
+        num_threads=config.data.num_threads,
+        log_every=config.log_every,
+        eval_every=config.eval_every,
+        eval_examples=config.eval_examples,
+        checkpoint_every=config.checkpoint_every,
+        keep_checkpoints=config.keep_checkpoints,
+    )
+    log_summary(shared, config)
+    stages = {
+        "first_stage": (train_first_stage, config.first_stage.num_steps),
+        "diffusion": (train_diffusion, config.num_steps),
+    }
+    for name in config.stages:
+        train_it, num_steps = stages[name]
+        step = checkpoints.latest_step(workdir / name)
+        if step is not None and step >= num_steps:
+            logging.info("%s: complete at step %d, nothing to do", name, step)
+        elif not train_it(shared, config):
+            return False
+    logging.info("done: checkpoints and config in %s, scalars in metrics.jsonl there,", workdir)
+    logging.info("scalars and pictures: tensorboard --logdir=%s/tensorboard", workdir)
+    return True
+
+
+def check_workdir(config: dict[str, Any], workdir: pathlib.Path) -> None:
+    """Raises UserError where the workdir holds a run with another config."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    try:
+        theirs = flatten(json.loads(path.read_text()))
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    ours = flatten(config)
+    different = [
+        f"{key} (there {theirs.get(key)!r}, now {ours.get(key)!r})"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key) and not key.startswith(FREE_KEYS)
+    ]
+    if different:
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise UserError(
+            f"workdir {workdir} holds another config's run; they differ in "
+            f"{', '.join(different[:3])}{more}. Take another --workdir, or the config of that run"
+        )
+
+
+def log_summary(shared: loop.Run, config: ConfigDict) -> None:
+    devices = jax.devices()
+    axes = ", ".join(f"{axis} {size}" for axis, size in shared.mesh.shape.items())
+    logging.info("workdir: %s; stages: %s", shared.workdir, ", ".join(config.stages))
+    logging.info(
+        "devices: %d x %s, %d process(es); mesh: %s",
+        *(len(devices), devices[0].device_kind, jax.process_count(), axes),
+    )
+    logging.info(
+        "data: %s, %dx%d pixels; %d images to train on, %d held out, %d found damaged",
+        *(config.data.name, config.data.image_size, config.data.image_size),
+        *(len(shared.train_source), len(shared.test_source)),
+        len(shared.train_source.damaged) + len(shared.test_source.damaged),
+    )
+
+
+def train_first_stage(shared: loop.Run, config: ConfigDict) -> bool:
+    """Trains the autoencoder, then measures the scale of its latents."""
+    section, network = config.first_stage, build.autoencoder(config)
+    prepare = build.example_maker(config, None)
+
+    @jax.jit
+    def moments(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        """Mean and mean square of each image's latents, [B]."""
+        z = network.apply({"params": params}, to_float(batch["image"]), method="encode").mean
+        return z.mean((1, 2, 3)), (z**2).mean((1, 2, 3))
+
+    def measure_scale(state: State) -> dict[str, Any]:
+        """1 / standard deviation of the latents over training images (LDM, appendix G)."""
+        totals, count = np.zeros(2), 0
+        for batch, valid in loop.in_order(
+            shared.train_source, prepare, shared.mesh, section.batch_size, section.scale_examples
+        ):
+            found = jax.device_put(
+                moments(state.params["autoencoder"], batch), sharding.replicated(shared.mesh)
+            )
+            totals += [np.asarray(x, np.float64)[:valid].sum() for x in found]
+            count += valid
+        mean, mean_square = totals / count
+        std = math.sqrt(mean_square - mean**2)
+        logging.info("first_stage: latents' std %.4g, so scale factor %.4g", std, 1 / std)
+        return {"scale_factor": 1 / std}
+
+    return loop.train_stage(
+        shared,
+        "first_stage",
+        build.first_stage(config),
+        prepare,
+        batch_size=section.batch_size,
+        num_steps=section.num_steps,
+        at_end=measure_scale,
+    )
+
+
+def train_diffusion(shared: loop.Run, config: ConfigDict) -> bool:
+    """Trains the UNet and the text encoder on the first stage's latents."""
+    frozen = build.load_first_stage(config, shared.workdir, shared.mesh)
+    tokenizer = open_tokenizer(shared, config)
+    return loop.train_stage(
+        shared,
+        "diffusion",
+        build.second_stage(config, tokenizer),
+        build.example_maker(config, tokenizer),
+        batch_size=config.batch_size,
+        num_steps=config.num_steps,
+        frozen=frozen,
+        tokenizer=json.loads(tokenizer.to_str()),
+    )
+
+
+def open_tokenizer(shared: loop.Run, config: ConfigDict) -> tokenizers.Tokenizer:
+    """The tokenizer of the run's last checkpoint, or a new one trained on the captions."""
+    directory = shared.workdir / "diffusion"
+    step = checkpoints.latest_step(directory)
+    if step is not None:
+        return captions.load(json.dumps(checkpoints.read_json(directory, step, "tokenizer")))
+    source, section = shared.train_source.records, config.tokenizer
+    texts = (
+        c for i in range(min(len(source), section.num_captions)) for c in source[i]["captions"]
+    )
+    tokenizer = captions.train(texts, section.vocab_size, section.max_length)
+    logging.info("diffusion: tokenizer of %d tokens, from the captions", tokenizer.get_vocab_size())
+    return tokenizer
+
+
+def main() -> None:
+    loggers.set_up_logging()
+    with StopRequest() as should_stop:
+        train(_CONFIG.value, _WORKDIR.value, should_stop)
+
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, then overrides.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and logs.")
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    run(main)

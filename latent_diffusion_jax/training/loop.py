@@ -1,0 +1,241 @@
+"""The training loop, the same for every stage."""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from latent_diffusion_jax.data import pipeline
+from latent_diffusion_jax.runtime import checkpoints, images, loggers, sharding, trees
+from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.training.state import Stage, State
+
+PREVIEW_IMAGES, PREVIEW_COLUMNS = 32, 8
+AGREE_EVERY = 10  # steps between questions among processes whether to stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the stages of a run share.
+
+    Attributes:
+      workdir: folder of checkpoints and logs.
+      mesh: the devices.
+      train_source: what to train on.
+      test_source: what is held out.
+      config: the whole config as JSON values, kept in checkpoints.
+      should_stop: asked after every step.
+      seed: of weights, noise and the data's order.
+      num_threads: that read and decode images.
+      log_every: steps.
+      eval_every: steps between figures and pictures of held-out data.
+      eval_examples: held-out examples to use.
+      checkpoint_every: steps.
+      keep_checkpoints: of each stage.
+    """
+
+    workdir: pathlib.Path
+    mesh: Mesh
+    train_source: pipeline.DecodedSource
+    test_source: pipeline.DecodedSource
+    config: dict[str, Any]
+    should_stop: Callable[[], bool]
+    seed: int
+    num_threads: int
+    log_every: int
+    eval_every: int
+    eval_examples: int
+    checkpoint_every: int
+    keep_checkpoints: int
+
+
+def train_stage(
+    run: Run,
+    name: str,
+    stage: Stage,
+    prepare: pipeline.Prepare,
+    *,
+    batch_size: int,
+    num_steps: int,
+    frozen: Any = None,
+    tokenizer: Any = None,
+    at_end: Callable[[State], dict[str, Any]] = lambda state: {},
+) -> bool:
+    """Trains one stage to its end, from its last checkpoint where there is one.
+
+    Args:
+      run: what all stages share.
+      name: of the stage: its folder of checkpoints and its name in the logs.
+      stage: its functions.
+      prepare: record -> example.
+      batch_size: of the global batch.
+      num_steps: updates in all.
+      frozen: parameters that the step reads and does not train.
+      tokenizer: contents of a tokenizer.json to keep in the checkpoints.
+      at_end: (final state) -> what to keep in the last checkpoint's `info`.
+
+    Returns:
+      Whether it reached its end; False where `run.should_stop` ended it, with everything saved.
+    """
+    mesh = run.mesh
+    init_key, train_key, eval_key, preview_key = jax.random.split(jax.random.key(run.seed), 4)
+
+    # The state as shapes, then where each leaf lies, then the arrays.
+    shapes = jax.eval_shape(stage.init, init_key)
+    shardings = sharding.state_sharding(shapes, mesh)
+    _log_parameters(name, shapes.params, batch_size)
+    loader = pipeline.train_loader(
+        run.train_source,
+        prepare,
+        batch_size=batch_size,
+        seed=run.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=run.num_threads,
+    )
+    with contextlib.ExitStack() as stack:
+        manager = stack.enter_context(
+            checkpoints.open_manager(run.workdir / name, keep=run.keep_checkpoints, create=True)
+        )
+        start_step = manager.latest_step() or 0
+        if start_step:
+            wanted = checkpoints.abstract(shapes, shardings)
+            state = checkpoints.restore_state(manager, start_step, wanted)
+            loader.set_state(checkpoints.read_json(run.workdir / name, start_step, "data"))
+            logging.info("%s: goes on from step %d", name, start_step)
+        else:
+            state = jax.jit(stage.init, out_shardings=shardings)(init_key)
+        state = state.replace(frozen=frozen)
+
+        everywhere = sharding.replicated(mesh)
+        state_shardings = jax.tree.map(lambda x: x.sharding, state)
+        train_step = jax.jit(
+            stage.train_step,
+            in_shardings=(state_shardings, sharding.batch_sharding(mesh), everywhere),
+            out_shardings=(state_shardings, everywhere),
+            donate_argnums=0,
+        )
+        eval_step = jax.jit(stage.eval_step, out_shardings=everywhere)
+        preview = jax.jit(stage.preview, out_shardings=everywhere)
+
+        is_main = jax.process_index() == 0
+        writer = loggers.RunWriter(run.workdir, name, start_step, is_main)
+        stack.callback(writer.close)
+        progress = loggers.Progress(name, start_step, num_steps, is_main)
+        stack.callback(progress.close)
+
+        def evaluate(step: int) -> None:
+            batches = in_order(run.test_source, prepare, mesh, batch_size, run.eval_examples)
+            totals: dict[str, float] = {}
+            first, count = None, 0
+            for batch, valid in batches:
+                first = batch if first is None else first
+                for metric, values in eval_step(state, batch, eval_key).items():
+                    total = float(np.asarray(values)[:valid].sum())
+                    totals[metric] = totals.get(metric, 0.0) + total
+                count += valid
+            figures = {metric: total / count for metric, total in totals.items()}
+            writer.scalars(step, figures, "test")
+            shown = ", ".join(f"{metric} {value:.4g}" for metric, value in figures.items())
+            logging.info("%s: step %d, held out: %s", name, step, shown)
+            pictures = images.to_uint8(np.asarray(preview(state, first, preview_key)))
+            grid = images.grid(pictures[:PREVIEW_IMAGES], PREVIEW_COLUMNS)
+            writer.image(step, "preview", grid)
+
+        def save(step: int, info: dict[str, Any]) -> None:
+            items = {"data": loader.get_state(), "config": run.config, "info": info}
+            items["tokenizer"] = tokenizer
+            checkpoints.save(manager, step, state.replace(frozen=None), items)
+
+        step, stopped, previous = start_step, False, None
+        clock = _Clock(start_step)
+        while step < num_steps and not stopped:
+            batch = sharding.put_batch(next(loader), mesh)
+            state, metrics = train_step(state, batch, train_key)
+            step += 1
+            # Waits for the step before, so that this one is already on its way.
+            if previous is not None:
+                jax.block_until_ready(previous)
+            previous = metrics
+            progress.step(step)
+            if step % run.log_every == 0 or step in (start_step + 1, num_steps):
+                figures = {key: float(value) for key, value in metrics.items()}
+                if not math.isfinite(figures["loss"]):
+                    raise UserError(
+                        f"{name}: the loss is {figures['loss']} at step {step}; start again with a "
+                        "lower learning rate (the last checkpoint is kept)"
+                    )
+                seconds = clock.seconds_per_step(step)
+                figures["images_per_second"] = batch_size / seconds
+                writer.scalars(step, figures, "train")
+                progress.figures(step, figures["loss"], batch_size / seconds, seconds)
+            stopped = _agree_to_stop(run.should_stop, step)
+            if step < num_steps and (stopped or step % run.checkpoint_every == 0):
+                save(step, {})
+            if step == num_steps or (step % run.eval_every == 0 and not stopped):
+                evaluate(step)
+                clock = _Clock(step)
+        if step == num_steps:
+            save(step, at_end(state))
+        manager.wait_until_finished()
+    if step < num_steps:
+        logging.info(
+            "%s: stopped and saved at step %d of %d; the same command goes on from there",
+            *(name, step, num_steps),
+        )
+    return step == num_steps
+
+
+def in_order(
+    source: pipeline.DecodedSource,
+    prepare: pipeline.Prepare,
+    mesh: Mesh,
+    batch_size: int,
+    num_examples: int,
+) -> Iterator[tuple[Any, int]]:
+    """A source's first examples on the mesh: (global batch, number of its rows that count)."""
+    for batch, valid in pipeline.eval_batches(
+        source,
+        prepare,
+        batch_size=batch_size,
+        num_examples=num_examples,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    ):
+        yield sharding.put_batch(batch, mesh), valid
+
+
+class _Clock:
+    """Time per step since it was last asked."""
+
+    def __init__(self, step: int):
+        self._step, self._time = step, time.perf_counter()
+
+    def seconds_per_step(self, step: int) -> float:
+        now = time.perf_counter()
+        seconds = (now - self._time) / (step - self._step)
+        self._step, self._time = step, now
+        return seconds
+
+
+def _agree_to_stop(should_stop: Callable[[], bool], step: int) -> bool:
+    """Whether to stop now; processes ask each other, so that all stop at the same step."""
+    if jax.process_count() == 1:
+        return should_stop()
+    if step % AGREE_EVERY:
+        return False
+    return bool(np.max(multihost_utils.process_allgather(np.array(should_stop()))))
+
+
+def _log_parameters(name: str, params: Any, batch_size: int) -> None:
+    counts = ", ".join(f"{key} {trees.count(value):,}" for key, value in params.items())
+    logging.info("%s: batch %d; parameters: %s", name, batch_size, counts)

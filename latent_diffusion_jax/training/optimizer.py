@@ -1,0 +1,46 @@
+"""Optimizers: learning-rate schedule, gradient clipping and Adam(W)."""
+
+import optax
+
+
+def learning_rate_schedule(
+    learning_rate: float, warmup_steps: int, num_steps: int, final_fraction: float
+) -> optax.Schedule:
+    """Linear warm-up from 0, then a cosine down to `final_fraction` of the peak at `num_steps`.
+
+    A final fraction of 1 is a constant learning rate, as in LDM.
+    """
+    decay = optax.cosine_decay_schedule(
+        learning_rate, max(num_steps - warmup_steps, 1), alpha=final_fraction
+    )
+    if not warmup_steps:
+        return decay
+    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    return optax.join_schedules([warmup, decay], [warmup_steps])
+
+
+def make_optimizer(
+    num_steps: int,
+    learning_rate: float,
+    warmup_steps: int,
+    final_fraction: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    clip_norm: float,
+) -> optax.GradientTransformation:
+    """AdamW (Adam where `weight_decay` is 0), after clipping by global norm where `clip_norm` > 0.
+
+    Args:
+      num_steps: length of the run in updates.
+      learning_rate: peak value.
+      warmup_steps: updates of linear warm-up.
+      final_fraction: learning rate at the end as a fraction of the peak.
+      betas: Adam's decay rates of the first and second moment.
+      weight_decay: decoupled weight decay, on all parameters as in LDM.
+      clip_norm: largest global norm of the gradients; 0 turns clipping off.
+    """
+    schedule = learning_rate_schedule(learning_rate, warmup_steps, num_steps, final_fraction)
+    clip = optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity()
+    return optax.chain(
+        clip, optax.adamw(schedule, b1=betas[0], b2=betas[1], weight_decay=weight_decay)
+    )
