@@ -152,7 +152,7 @@ def digits(config: ConfigDict) -> ConfigDict:
     config.batch_size = 64
     config.num_steps = 1_000
 
-    config.sample.guidance_scale = 1.5
+    config.sample.guidance_scale = 2.0
     config.sample.batch_size = 50
     words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
     config.sample.prompts = tuple(f"a handwritten {word}" for word in words)

@@ -4,11 +4,14 @@
 
 A stage whose last checkpoint is complete is skipped, one that was interrupted goes on where it
 was. Overrides: --config.optimizer.learning_rate=1e-4; variants: --config=configs/txt2img.py:smoke.
+
+Ctrl-C or SIGTERM finishes the step, saves, says how to go on and exits with 130 or 143.
 """
 
 import json
 import math
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +28,11 @@ from latent_diffusion_jax.runtime.commands import StopRequest, flatten, run
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.training import loop
 from latent_diffusion_jax.training.state import State, to_float
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "Config file, then overrides.")
+flags.DEFINE_string("workdir", None, "Folder of checkpoints and logs.")
+flags.mark_flags_as_required(["config", "workdir"])
 
 # Keys that may change between calls in one workdir: they do not change what is learned.
 FREE_KEYS = (
@@ -207,13 +215,10 @@ def open_tokenizer(shared: loop.Run, config: ConfigDict) -> tokenizers.Tokenizer
 
 def main() -> None:
     loggers.set_up_logging()
-    with StopRequest() as should_stop:
-        train(_CONFIG.value, _WORKDIR.value, should_stop)
+    with StopRequest() as stop:
+        train(FLAGS.config, FLAGS.workdir, stop)
+    sys.exit(stop.exit_status)
 
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, then overrides.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and logs.")
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
     run(main)

@@ -74,10 +74,14 @@ def _config_error(argv: Sequence[str], error: Exception) -> str:
 
 
 class StopRequest:
-    """Becomes true on Ctrl-C or SIGTERM; a second one ends the program at once."""
+    """Becomes true on Ctrl-C or SIGTERM; a second one ends the program at once.
+
+    Attributes:
+      exit_status: 128 + the signal's number, as shells have it; 0 before any.
+    """
 
     def __init__(self) -> None:
-        self._requested = False
+        self.exit_status = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -90,10 +94,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def __call__(self) -> bool:
-        return self._requested
+        return self.exit_status != 0
 
     def _on_signal(self, number: int, _: object) -> None:
-        self._requested = True
+        self.exit_status = 128 + number
         name = signal.Signals(number).name
         print(f"\n{name}: finishing this step, then saving; once more to quit", file=sys.stderr)
         self.__exit__()

@@ -60,8 +60,17 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     )
 
 
-def grid(images: np.ndarray, columns: int, pad: int = 2) -> np.ndarray:
-    """uint8 [N, H, W, C] -> one picture, `columns` images in a row, white lines between them."""
+def grid(images: np.ndarray, columns: int, pad: int = 2, min_size: int = 96) -> np.ndarray:
+    """uint8 [N, H, W, C] -> one picture to look at, white lines between the images.
+
+    Args:
+      images: all of one size.
+      columns: images in a row.
+      pad: width of the lines in pixels.
+      min_size: smaller images are enlarged, each pixel repeated, to at least this many pixels.
+    """
+    factor = max(1, -(-min_size // min(images.shape[1:3])))
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     n, h, w, c = images.shape
     columns = min(columns, n)
     rows = -(-n // columns)

@@ -121,7 +121,7 @@ def make_stage(
             "rec_loss": rec_loss,
             "l1": jnp.mean(jnp.abs(images - fake)),
             "kl": kl,
-            "grad_norm": optax.global_norm(ae_grads),
+            "grad_norm": optax.tree.norm(ae_grads),
             "g_loss": g_loss,
             "d_loss": d_loss,
             "d_weight": d_weight,

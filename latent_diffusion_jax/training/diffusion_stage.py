@@ -71,7 +71,7 @@ def make_stage(
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         average = ema.update(state.ema, params, state.step, ema_decay)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return State(state.step + 1, params, average, opt, state.frozen), metrics
 
     def eval_step(state: State, batch: Any, key: jax.Array) -> dict[str, jax.Array]:

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Installs what tests need into .venv, then checks format, lint and types and runs the tests.
+# Arguments go to pytest: launch/test.sh tests/models -k unet
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=launch/environment.sh
+. launch/environment.sh
+
+install requirements.txt requirements-test.txt
+.venv/bin/ruff format --check .
+.venv/bin/ruff check .
+.venv/bin/mypy
+.venv/bin/python -m pytest "$@"

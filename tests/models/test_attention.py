@@ -1,0 +1,151 @@
+"""Attention against numpy in float64, and the properties of the blocks around it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import torch
+
+from latent_diffusion_jax.models.attention import (
+    GEGLU,
+    Attention,
+    CrossAttentionBlock,
+    PixelAttention,
+    SpatialTransformer,
+    dot_product_attention,
+)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def plain_attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v for each batch row and head, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.empty((*q.shape[:3], v.shape[-1]))
+    for b in range(q.shape[0]):
+        for head in range(q.shape[2]):
+            scores = q[b, :, head] @ k[b, :, head].T / np.sqrt(q.shape[-1])
+            out[b, :, head] = scipy.special.softmax(scores, axis=-1) @ v[b, :, head]
+    return out
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (6, 3), (1, 7), (4, 1)])
+def test_attention_equals_numpy(queries, keys):
+    q, k, v = normal(0, 2, queries, 3, 8), normal(1, 2, keys, 3, 8), normal(2, 2, keys, 3, 8)
+    out = dot_product_attention(2 * q, k, v)
+    assert out.shape == q.shape
+    np.testing.assert_allclose(out, plain_attention(2 * q, k, v), rtol=0, atol=2e-6)
+
+
+def test_attention_does_not_see_the_order_of_the_keys():
+    q, k, v = normal(3, 2, 4, 2, 8), normal(4, 2, 6, 2, 8), normal(5, 2, 6, 2, 8)
+    order = np.array([3, 0, 5, 1, 4, 2])
+    out = dot_product_attention(q, k, v)
+    np.testing.assert_allclose(
+        dot_product_attention(q, k[:, order], v[:, order]), out, rtol=0, atol=1e-6
+    )
+    assert np.abs(dot_product_attention(q, k[:, order], v) - out).max() > 0.1
+
+
+def test_attention_survives_large_scores():
+    q, k, v = 100 * normal(6, 1, 4, 1, 8), 100 * normal(7, 1, 5, 1, 8), normal(8, 1, 5, 1, 8)
+    out = dot_product_attention(q, k, v)
+    np.testing.assert_allclose(out, plain_attention(q, k, v), rtol=0, atol=1e-4)
+
+
+def test_scores_of_half_precision_inputs_are_float32():
+    """Scores 128.5 and 128 differ in float32 and are the same number in bfloat16."""
+    q = jnp.array([1.0, 1.0, 0.0, 0.0], jnp.bfloat16).reshape(1, 1, 1, 4)
+    k = jnp.array([[256.0, 1.0, 0.0, 0.0], [256.0, 0.0, 0.0, 0.0]], jnp.bfloat16)
+    v = jnp.array([[1.0], [0.0]], jnp.bfloat16) * jnp.ones(4, jnp.bfloat16)
+    out = dot_product_attention(q, k.reshape(1, 2, 1, 4), v.reshape(1, 2, 1, 4))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), scipy.special.expit(0.5), atol=0.003)
+
+
+def project(params, name, x):
+    dense = params[name]["dense"]
+    return np.asarray(x, np.float64) @ dense["kernel"] + dense.get("bias", 0.0)
+
+
+@pytest.mark.parametrize("context_shape", [None, (2, 3, 10)])
+def test_attention_module_equals_numpy(random_params, context_shape):
+    x = normal(9, 2, 5, 6)
+    context = None if context_shape is None else normal(10, *context_shape)
+    attention = Attention(num_heads=3, head_dim=4)  # inner width 12, input width 6
+    params = random_params(attention, x, context)
+    tokens = x if context is None else context
+    q, k, v = (
+        project(params, name, y).reshape(2, -1, 3, 4)
+        for name, y in (("to_q", x), ("to_k", tokens), ("to_v", tokens))
+    )
+    expected = project(params, "to_out", plain_attention(q, k, v).reshape(2, 5, 12))
+    assert "bias" not in params["to_q"]["dense"]
+    out = attention.apply({"params": params}, x, context)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
+
+
+def test_geglu_equals_torch(random_params):
+    x = normal(11, 2, 3, 6)
+    geglu = GEGLU(multiplier=4)
+    params = random_params(geglu, x)
+    assert params["proj_in"]["dense"]["kernel"].shape == (6, 48)
+    h, gate = np.split(project(params, "proj_in", x), 2, axis=-1)
+    hidden = h * torch.nn.functional.gelu(torch.tensor(gate)).numpy()
+    np.testing.assert_allclose(
+        geglu.apply({"params": params}, x), project(params, "proj_out", hidden), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("attended", [True, False])
+def test_cross_attention_block_attends_to_the_context(random_params, attended):
+    x, context = normal(12, 2, 5, 8), normal(13, 2, 3, 8)
+    block = CrossAttentionBlock(num_heads=2, head_dim=4)
+    params = random_params(block, x, context)
+    run = jax.jit(lambda tokens, c: block.apply({"params": params}, tokens, c))
+    out = np.asarray(run(x, context if attended else None))
+    moved = x.copy()
+    moved[:, 2] += 1.0
+    # Self-attention lets every token see token 2; in another row nothing changes.
+    changed = np.abs(run(moved, context if attended else None) - out)
+    assert changed.max(axis=-1).min() > 1e-4
+    if attended:
+        other = context.copy()
+        other[0, 1] += 1.0
+        changed = np.abs(run(x, other) - out).max(axis=-1)
+        assert changed[0].min() > 1e-4 and changed[1].max() < 1e-6
+        reordered = run(x, context[:, [2, 0, 1]])
+        np.testing.assert_allclose(reordered, out, rtol=0, atol=1e-5)
+
+
+def test_spatial_transformer_starts_as_the_identity_and_leaves_it(random_params):
+    x, context = normal(14, 2, 4, 2, 8), normal(15, 2, 3, 6)
+    transformer = SpatialTransformer(num_heads=2, head_dim=4, depth=2, num_groups=4)
+    out, variables = jax.jit(transformer.init_with_output)(jax.random.key(0), x, context)
+    np.testing.assert_array_equal(out, x)
+    assert {"block_0", "block_1"} <= set(variables["params"])
+    params = random_params(transformer, x, context)
+    assert np.abs(transformer.apply({"params": params}, x, context) - x).min(axis=-1).max() > 0.01
+
+
+def test_pixel_attention_equals_numpy_over_all_pixels(random_params):
+    x = normal(16, 2, 4, 2, 8)
+    attention = PixelAttention(num_groups=4)
+    params = random_params(attention, x)
+    norm = params["norm"]["GroupNorm_0"]
+    y = torch.nn.functional.group_norm(
+        torch.tensor(x, dtype=torch.float64).permute(0, 3, 1, 2),
+        4,
+        torch.tensor(norm["scale"], dtype=torch.float64),
+        torch.tensor(norm["bias"], dtype=torch.float64),
+        1e-6,
+    )
+    tokens = y.permute(0, 2, 3, 1).numpy().reshape(2, 8, 8)
+    q, k, v = (project(params, name, tokens)[:, :, None] for name in ("q", "k", "v"))
+    kernel, bias = params["proj_out"]["kernel"][0, 0], params["proj_out"]["bias"]
+    expected = x + (plain_attention(q, k, v)[:, :, 0] @ kernel + bias).reshape(x.shape)
+    out = attention.apply({"params": params}, x)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)

@@ -1,0 +1,120 @@
+"""Shared layers: against PyTorch, numpy and `diffusers`, and how they start."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+
+from latent_diffusion_jax.models.layers import (
+    Dense,
+    GroupNorm,
+    conv,
+    timestep_embedding,
+    upsample_nearest,
+)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("width", [2, 32, 33])
+def test_timestep_embedding_equals_diffusers(width):
+    t = np.array([0, 1, 17, 500, 999])
+    reference = get_timestep_embedding(
+        torch.tensor(t), width, flip_sin_to_cos=True, downscale_freq_shift=0
+    )
+    embedding = timestep_embedding(jnp.asarray(t), width)
+    assert embedding.shape == (5, width) and embedding.dtype == jnp.float32
+    # Angles reach 999 radians, so float32 leaves 1e-4 of a radian.
+    np.testing.assert_allclose(embedding, reference.numpy(), rtol=0, atol=2e-4)
+
+
+def test_timestep_embedding_tells_neighbouring_timesteps_apart():
+    embedding = np.asarray(timestep_embedding(jnp.arange(1000), 32), np.float64)
+    distances = np.linalg.norm(embedding[:, None] - embedding[None], axis=-1)
+    assert distances[~np.eye(1000, dtype=bool)].min() > 0.3
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 1e-2])
+@pytest.mark.parametrize("groups", [1, 4, 8])
+def test_group_norm_equals_torch(random_params, groups, epsilon):
+    x = 3 * normal(0, 2, 5, 3, 8) + 1
+    norm = GroupNorm(groups, epsilon)
+    params = random_params(norm, x)["GroupNorm_0"]
+    reference = torch.nn.functional.group_norm(
+        torch.tensor(x).permute(0, 3, 1, 2),
+        groups,
+        torch.tensor(params["scale"]),
+        torch.tensor(params["bias"]),
+        epsilon,
+    ).permute(0, 2, 3, 1)
+    y = norm.apply({"params": {"GroupNorm_0": params}}, x)
+    np.testing.assert_allclose(y, reference.numpy(), rtol=0, atol=1e-5)
+
+
+def test_group_norm_computes_half_precision_inputs_in_float32():
+    x = jnp.asarray(normal(1, 2, 4, 4, 8), jnp.bfloat16)
+    norm = GroupNorm(4)
+    params = norm.init(jax.random.key(0), x)
+    y = norm.apply(params, x)
+    assert y.dtype == jnp.bfloat16
+    exact = norm.apply(params, x.astype(jnp.float32))
+    np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3, 4)])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_dense_is_one_matrix_on_the_last_axis(random_params, leading, use_bias):
+    x = normal(2, *leading, 5)
+    dense = Dense(7, use_bias=use_bias)
+    params = random_params(dense, x)
+    assert set(params["dense"]) == ({"kernel", "bias"} if use_bias else {"kernel"})
+    expected = x.astype(np.float64) @ params["dense"]["kernel"] + params["dense"].get("bias", 0.0)
+    y = dense.apply({"params": params}, x)
+    assert y.shape == (*leading, 7)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
+
+
+def test_zero_initialised_layers_start_at_zero_and_others_do_not():
+    x = normal(3, 1, 4, 4, 3)
+    key = jax.random.key(0)
+    for zero, plain in (
+        (Dense(5, zero_init=True), Dense(5)),
+        (conv(5, 3, jnp.float32, "c", zero_init=True), conv(5, 3, jnp.float32, "c")),
+    ):
+        assert not np.any(zero.init_with_output(key, x)[0])
+        std = np.std(plain.init_with_output(key, x)[0])
+        assert 0.3 < std < 3  # variance is kept
+
+
+@pytest.mark.parametrize(
+    ("kernel", "strides", "padding", "torch_padding"),
+    [
+        (3, 1, "SAME", (1, 1, 1, 1)),
+        (1, 1, "SAME", (0, 0, 0, 0)),
+        (3, 2, ((0, 1), (0, 1)), (0, 1, 0, 1)),
+        (3, 2, ((1, 1), (1, 1)), (1, 1, 1, 1)),
+    ],
+)
+def test_conv_equals_torch(random_params, kernel, strides, padding, torch_padding):
+    x = normal(4, 2, 6, 8, 3)
+    layer = conv(5, kernel, jnp.float32, "c", strides=strides, padding=padding)
+    params = random_params(layer, x)
+    reference = torch.nn.functional.conv2d(
+        torch.nn.functional.pad(torch.tensor(x).permute(0, 3, 1, 2), torch_padding),
+        torch.tensor(params["kernel"]).permute(3, 2, 0, 1),
+        torch.tensor(params["bias"]),
+        strides,
+    ).permute(0, 2, 3, 1)
+    y = layer.apply({"params": params}, x)
+    assert y.shape == reference.shape
+    np.testing.assert_allclose(y, reference.numpy(), rtol=0, atol=1e-5)
+
+
+def test_upsample_repeats_each_pixel():
+    x = normal(5, 2, 3, 4, 5)
+    y = upsample_nearest(jnp.asarray(x))
+    np.testing.assert_array_equal(y, x.repeat(2, axis=1).repeat(2, axis=2))

@@ -1,0 +1,58 @@
+"""LPIPS as a distance; its parity with the published formula is in tests/weights/test_lpips.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_diffusion_jax.models import lpips
+from latent_diffusion_jax.models.lpips import LPIPS, VGG16
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+X, Y = normal(0, 3, 16, 32, 3), normal(1, 3, 16, 32, 3)
+
+
+@pytest.fixture(scope="module")
+def distance(random_params):
+    """A narrow VGG with random weights, and channel weights that are not negative."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(lpips, "VGG_BLOCKS", ((4, 4), (6, 6), (8, 8, 8), (8, 8, 8), (8, 8, 8)))
+    params = random_params(LPIPS(), X, Y)
+    params = {k: np.abs(v) if k != "vgg" else v for k, v in params.items()}
+    run = jax.jit(lambda x, y: LPIPS().apply({"params": params}, x, y))
+    yield lambda x, y: np.asarray(run(x, y))
+    patch.undo()
+
+
+def test_distance_is_zero_to_itself_positive_and_symmetric(distance):
+    np.testing.assert_array_equal(distance(X, X), np.zeros(3))
+    forth, back = distance(X, Y), distance(Y, X)
+    assert forth.shape == (3,) and (forth > 1e-3).all()
+    np.testing.assert_allclose(forth, back, rtol=1e-5)
+
+
+def test_distance_grows_with_the_disturbance(distance):
+    small, large = distance(X, X + 0.05 * Y), distance(X, X + 0.5 * Y)
+    assert (0 < small).all() and (small < 0.5 * large).all()
+
+
+def test_distances_of_a_batch_are_those_of_its_pairs(distance):
+    together = distance(X, Y)
+    order = np.array([2, 0, 1])
+    np.testing.assert_allclose(distance(X[order], Y[order]), together[order], rtol=1e-5)
+
+
+def test_vgg_halves_the_size_from_block_to_block():
+    images = jnp.zeros((2, 32, 64, 3))
+    features, _ = jax.eval_shape(lambda: VGG16().init_with_output(jax.random.key(0), images))
+    assert [f.shape for f in features] == [
+        (2, 32, 64, 64),
+        (2, 16, 32, 128),
+        (2, 8, 16, 256),
+        (2, 4, 8, 512),
+        (2, 2, 4, 512),
+    ]

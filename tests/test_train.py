@@ -1,0 +1,187 @@
+"""The train command: stages in order, resumed bit for bit, stopped cleanly, errors up front."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+
+from latent_diffusion_jax.runtime import checkpoints
+from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.train import train
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def stop_after(calls):
+    """A should_stop that says yes at its `calls`-th question."""
+    asked = iter(range(1, 10**6))
+    return lambda: next(asked) >= calls
+
+
+def final_state(workdir, stage):
+    """Every leaf of a stage's last checkpoint, as numpy, by path."""
+    step = checkpoints.latest_step(workdir / stage)
+    with checkpoints.open_manager(workdir / stage, partial=True) as manager:
+        state = manager.restore(step)["state"]
+    return {jax.tree_util.keystr(path): np.asarray(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state)}  # fmt: skip
+
+
+def assert_same_state(workdir, other, stage):
+    left, right = final_state(workdir, stage), final_state(other, stage)
+    assert left.keys() == right.keys() and len(left) > 50
+    for name, leaf in left.items():
+        np.testing.assert_array_equal(leaf, right[name], err_msg=f"{stage} {name}")
+
+
+def test_a_finished_run_holds_all_it_should(trained_workdir):
+    for stage in ("first_stage", "diffusion"):
+        assert checkpoints.latest_step(trained_workdir / stage) == 4
+        assert any((trained_workdir / "tensorboard" / stage).glob("events*"))
+    info = checkpoints.read_json(trained_workdir / "first_stage", 4, "info")
+    assert 0.01 < info["scale_factor"] < 100
+    path = trained_workdir / "diffusion" / "4" / "tokenizer" / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    assert "seven" in tokenizer.encode("a handwritten seven").tokens
+    config = checkpoints.read_json(trained_workdir / "diffusion", 4, "config")
+    assert config["unet"]["channels"] == 8
+    assert checkpoints.read_json(trained_workdir / "diffusion", 4, "data") == {"next_index": 4}
+    rows = [json.loads(line) for line in (trained_workdir / "metrics.jsonl").open()]
+    for stage, name in (("first_stage", "train/rec_loss"), ("diffusion", "train/loss"),
+                        ("first_stage", "test/psnr"), ("diffusion", "test/loss")):  # fmt: skip
+        assert any(row["stage"] == stage and name in row for row in rows), (stage, name)
+
+
+def test_a_finished_run_is_left_alone(trained_workdir, smoke_config):
+    before = {p: p.stat().st_mtime_ns for p in trained_workdir.rglob("4/**/*") if p.is_file()}
+    assert train(smoke_config, trained_workdir)
+    after = {p: p.stat().st_mtime_ns for p in trained_workdir.rglob("4/**/*") if p.is_file()}
+    assert before == after and before
+
+
+def test_scale_factor_is_one_over_the_latents_deviation(trained_workdir, smoke_config):
+    from latent_diffusion_jax import build
+    from latent_diffusion_jax.runtime import sharding
+    from latent_diffusion_jax.training.state import to_float
+
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    frozen = build.load_first_stage(smoke_config, trained_workdir, mesh)
+    source, _ = build.data_sources(smoke_config)
+    prepare = build.example_maker(smoke_config, None)
+    images = np.stack([prepare(source[i], None)["image"] for i in range(32)])
+    network = build.autoencoder(smoke_config)
+    z = network.apply({"params": frozen["autoencoder"]}, to_float(images), method="encode").mean
+    np.testing.assert_allclose(float(z.std() * frozen["scale_factor"]), 1.0, rtol=1e-4)
+
+
+def test_stopped_and_resumed_is_bit_identical(trained_workdir, smoke_config, tmp_path):
+    # Questions are asked after every step: stop in the middle of the first stage (also between
+    # two checkpoints), then twice in the second.
+    for calls in (1, 2, 1, 2):
+        assert not train(smoke_config, tmp_path, stop_after(calls))
+    assert checkpoints.latest_step(tmp_path / "first_stage") == 4
+    assert checkpoints.latest_step(tmp_path / "diffusion") == 3
+    assert train(smoke_config, tmp_path)
+    for stage in ("first_stage", "diffusion"):
+        assert_same_state(trained_workdir, tmp_path, stage)
+    steps = [(row["stage"], row["step"]) for row in
+             map(json.loads, (tmp_path / "metrics.jsonl").open()) if "train/loss" in row]  # fmt: skip
+    assert len(steps) == len(set(steps)), "a step was logged twice"
+
+
+def test_a_run_can_be_made_longer(trained_workdir, smoke_config, tmp_path):
+    import shutil
+
+    shutil.copytree(trained_workdir, tmp_path / "run")
+    smoke_config.num_steps = 6
+    assert train(smoke_config, tmp_path / "run")
+    assert checkpoints.latest_step(tmp_path / "run" / "diffusion") == 6
+
+
+def test_another_configs_workdir_is_refused(trained_workdir, smoke_config):
+    smoke_config.unet.channels = 16
+    with pytest.raises(UserError, match=r"another config's run.*unet\.channels \(there 8, now 16"):
+        train(smoke_config, trained_workdir)
+
+
+def refused(config, tmp_path, match):
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match=match):
+        train(config, workdir)
+    assert not workdir.exists(), "something was done before the error"
+
+
+def test_bad_input_is_refused_before_anything_is_written(smoke_config, tmp_path):
+    def config(**changes):
+        changed = smoke_config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(changes)
+        return changed
+
+    refused(config(**{"data.name": str(tmp_path / "none")}), tmp_path, "data folder .* not exist")
+    refused(config(**{"data.name": "no_such_data"}), tmp_path, "neither a folder nor a TFDS")
+    refused(config(batch_size=12), tmp_path, r"batch_size=12 is not divisible .*8; 8 or 16 would")
+    refused(config(**{"first_stage.batch_size": 3}), tmp_path, r"first_stage\.batch_size=3")
+    refused(config(**{"mesh.fsdp": 3}), tmp_path, "8 devices cannot be split")
+    refused(config(**{"data.image_size": 33}), tmp_path, r"data\.image_size=33 must be a multiple")
+    refused(config(**{"first_stage.loss.lpips_weights": "none.safetensors"}), tmp_path,
+            r"cannot read LPIPS weights none\.safetensors")  # fmt: skip
+
+
+def test_damaged_images_stop_the_run_before_the_first_step(smoke_config, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    from PIL import Image
+
+    for i in range(20):
+        Image.new("RGB", (40, 36), (i * 10, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"red number {i}")
+    (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:60])
+    smoke_config.data.name = str(folder)
+    smoke_config.data.holdout_share = 0.2
+    refused(smoke_config, tmp_path, r"1 of \d+ images cannot be decoded.*7\.png")
+    smoke_config.data.max_damaged_share = 0.2
+    smoke_config.stages = ("first_stage",)
+    assert train(smoke_config, tmp_path / "run")
+
+
+def test_the_diffusion_stage_needs_a_first_stage(smoke_config, tmp_path):
+    smoke_config.stages = ("diffusion",)
+    with pytest.raises(UserError, match="no complete first stage"):
+        train(smoke_config, tmp_path / "run")
+
+
+def command(workdir, data_dir, *more):
+    return [sys.executable, "-m", "latent_diffusion_jax.train", "--config=configs/txt2img.py:smoke",
+            f"--workdir={workdir}", f"--config.data.data_dir={data_dir}", *more]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, data_dir, number):
+    workdir = tmp_path / "run"
+    long = ("--config.first_stage.num_steps=1000000", "--config.checkpoint_every=1000000",
+            "--config.eval_every=1000000")  # fmt: skip
+    process = subprocess.Popen(
+        command(workdir, data_dir, *long), cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    metrics, deadline = workdir / "metrics.jsonl", time.time() + 200
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None and time.time() < deadline, process.communicate()[1]
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 128 + number, errors
+    assert "finishing this step" in errors and "the same command goes on from there" in errors
+    assert "Traceback" not in errors
+    step = checkpoints.latest_step(workdir / "first_stage")
+    assert step is not None and f"stopped and saved at step {step} of" in errors
+    position = checkpoints.read_json(workdir / "first_stage", step, "data")
+    assert position == {"next_index": step}

@@ -1,0 +1,113 @@
+"""The second stage's step: what it trains, averages, drops and leaves alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from latent_diffusion_jax.diffusion.schedules import make_schedule
+from latent_diffusion_jax.ldm import LatentDiffusion
+from latent_diffusion_jax.models.autoencoder import AutoencoderKL
+from latent_diffusion_jax.models.text_transformer import TextTransformer
+from latent_diffusion_jax.models.unet import UNet
+from latent_diffusion_jax.training import diffusion_stage
+
+LENGTH = 6
+LDM = LatentDiffusion(
+    AutoencoderKL(channels=4, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=2,
+                  mid_attention=False),
+    TextTransformer(vocab_size=20, max_length=LENGTH, width=8, depth=1, num_heads=1, head_dim=8),
+    UNet(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, attention_levels=(1,),
+         head_dim=8, num_groups=4),
+    make_schedule("scaled_linear", 1000, 0.0015, 0.0195),
+    image_size=8,
+)  # fmt: skip
+NULL = np.zeros(LENGTH, np.int32)
+KEY = jax.random.key(5)
+
+
+def make_stage(caption_dropout=0.1, optimizer=None):
+    return diffusion_stage.make_stage(
+        LDM,
+        optimizer or optax.adam(1e-3),
+        NULL,
+        np.arange(2 * LENGTH, dtype=np.int32).reshape(2, LENGTH),
+        caption_dropout=caption_dropout,
+        ema_decay=0.9,
+        preview_steps=2,
+        preview_guidance_scale=1.5,
+    )
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    params = LDM.autoencoder.init(KEY, jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 4, 4, 3)))["params"]
+    return {"autoencoder": params, "scale_factor": jnp.float32(0.7)}
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8),
+        "tokens": rng.integers(1, 20, (8, LENGTH), dtype=np.int32),
+    }
+
+
+def test_a_step_trains_unet_and_conditioner_and_nothing_else(frozen, batch):
+    stage = make_stage()
+    state = jax.jit(stage.init)(KEY).replace(frozen=frozen)
+    new = state
+    for _ in range(2):  # the first only moves the zero-initialised last layers
+        new, metrics = jax.jit(stage.train_step)(new, batch, KEY)
+    assert int(new.step) == 2 and np.isfinite(metrics["loss"])
+    for part in ("unet", "conditioner"):
+        changed = jax.tree.map(
+            lambda a, b: bool((a != b).any()), new.params[part], state.params[part]
+        )
+        assert any(jax.tree.leaves(changed)), part
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), new.frozen, frozen)
+    assert jax.tree.all(same)
+
+
+def test_the_average_follows_the_decay(frozen, batch):
+    stage = make_stage()
+    state = jax.jit(stage.init)(KEY).replace(frozen=frozen)
+    new, _ = jax.jit(stage.train_step)(state, batch, KEY)
+    jax.tree.map(  # decay (1 + 0) / (10 + 0) at the first update
+        lambda ema, old, new: np.testing.assert_allclose(ema, 0.1 * old + 0.9 * new, atol=1e-6),
+        new.ema,
+        state.params,
+        new.params,
+    )
+
+
+@pytest.mark.parametrize(("rate", "depends"), [(0.0, True), (1.0, False)])
+def test_dropped_captions_do_not_matter(frozen, batch, rate, depends):
+    stage = make_stage(caption_dropout=rate)
+    state = jax.jit(stage.init)(KEY).replace(frozen=frozen)
+    params = jax.tree.map(lambda x: x + 0.1, state.params)  # away from zero-initialised layers
+    state = state.replace(params=params)
+    step = jax.jit(stage.train_step)
+    other = batch | {"tokens": (batch["tokens"] + 7) % 20}
+    losses = [float(step(state, b, KEY)[1]["loss"]) for b in (batch, other)]
+    assert (losses[0] != losses[1]) == depends
+
+
+def test_noise_depends_on_seed_and_step(frozen, batch):
+    stage = make_stage()
+    state = jax.jit(stage.init)(KEY).replace(frozen=frozen)
+    step = jax.jit(stage.train_step)
+    loss = float(step(state, batch, KEY)[1]["loss"])
+    assert loss == float(step(state, batch, KEY)[1]["loss"])
+    assert loss != float(step(state, batch, jax.random.key(6))[1]["loss"])
+    assert loss != float(step(state.replace(step=state.step + 1), batch, KEY)[1]["loss"])
+
+
+def test_preview_draws_its_prompts(frozen, batch):
+    stage = make_stage()
+    state = jax.jit(stage.init)(KEY).replace(frozen=frozen)
+    images = jax.jit(stage.preview)(state, batch, KEY)
+    assert images.shape == (2, 8, 8, 3)
+    assert float(jnp.abs(images).max()) <= 1.0

@@ -1,0 +1,141 @@
+"""The learning-rate schedule's shape, and AdamW with clipping against PyTorch."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+import torch
+
+from latent_diffusion_jax.training.optimizer import learning_rate_schedule, make_optimizer
+
+PEAK, WARMUP, STEPS, FINAL = 3e-4, 10, 110, 0.1
+
+
+def values(schedule, steps) -> np.ndarray:
+    return np.array([float(schedule(step)) for step in steps])
+
+
+def expected_rate(step: int, warmup: int = WARMUP, final: float = FINAL) -> float:
+    if step < warmup:
+        return PEAK * step / warmup
+    share = min((step - warmup) / (STEPS - warmup), 1.0)
+    return PEAK * (final + (1 - final) * 0.5 * (1 + np.cos(np.pi * share)))
+
+
+def test_warmup_rises_from_zero_to_the_peak_and_the_cosine_falls_to_its_end():
+    rates = values(learning_rate_schedule(PEAK, WARMUP, STEPS, FINAL), range(STEPS + 1))
+    assert rates[0] == 0.0
+    np.testing.assert_allclose(rates[WARMUP], PEAK, rtol=1e-6)
+    np.testing.assert_allclose(rates[(WARMUP + STEPS) // 2], PEAK * (1 + FINAL) / 2, rtol=1e-5)
+    np.testing.assert_allclose(rates[STEPS], FINAL * PEAK, rtol=1e-5)
+    assert (np.diff(rates[: WARMUP + 1]) > 0).all() and (np.diff(rates[WARMUP:]) < 0).all()
+    expected = [expected_rate(step) for step in range(STEPS + 1)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_the_rate_stays_at_its_end_after_the_last_step():
+    schedule = learning_rate_schedule(PEAK, WARMUP, STEPS, FINAL)
+    np.testing.assert_allclose(values(schedule, [STEPS, 10 * STEPS]), FINAL * PEAK, rtol=1e-5)
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_a_final_fraction_of_one_is_constant_after_the_warmup(warmup):
+    rates = values(learning_rate_schedule(PEAK, warmup, STEPS, 1.0), range(warmup, 2 * STEPS))
+    np.testing.assert_allclose(rates, PEAK, rtol=1e-6)
+
+
+def test_without_warmup_the_rate_starts_at_the_peak():
+    rates = values(learning_rate_schedule(PEAK, 0, STEPS, 0.0), [0, STEPS // 2, STEPS])
+    np.testing.assert_allclose(rates, [PEAK, PEAK / 2, 0.0], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 10])
+def test_runs_shorter_than_the_warmup_only_warm_up(num_steps):
+    rates = values(learning_rate_schedule(PEAK, WARMUP, num_steps, FINAL), range(num_steps))
+    np.testing.assert_allclose(rates, PEAK * np.arange(num_steps) / WARMUP, rtol=1e-5)
+
+
+def run_ours(gradients, start, **fields):
+    optimizer = make_optimizer(**fields)
+    params = {name: np.asarray(value, np.float32) for name, value in start.items()}
+    state = optimizer.init(params)
+    step = jax.jit(optimizer.update)
+    for gradient in gradients:
+        updates, state = step(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def run_torch(gradients, start, rates, betas, weight_decay, clip_norm):
+    params = {name: torch.tensor(value, dtype=torch.float64) for name, value in start.items()}
+    for parameter in params.values():
+        parameter.requires_grad_()
+    optimizer = torch.optim.AdamW(params.values(), betas=betas, weight_decay=weight_decay)
+    for gradient, rate in zip(gradients, rates, strict=True):
+        for name, parameter in params.items():
+            parameter.grad = torch.tensor(gradient[name], dtype=torch.float64)
+        if clip_norm:
+            torch.nn.utils.clip_grad_norm_(params.values(), clip_norm)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+    return {name: parameter.detach().numpy() for name, parameter in params.items()}
+
+
+def draws(num_steps: int, seed: int = 0):
+    """A start, and gradients whose norms vary a hundredfold."""
+    rng = np.random.default_rng(seed)
+    shapes = {"kernel": (3, 4), "bias": (4,)}
+    start = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    gradients = [
+        {
+            name: (10 ** rng.uniform(-1, 1) * rng.normal(size=shape)).astype(np.float32)
+            for name, shape in shapes.items()
+        }
+        for _ in range(num_steps)
+    ]
+    return start, gradients
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_updates_equal_torch_adamw(weight_decay, clip_norm):
+    """Decay on all parameters, biases too; clipping by the norm over all of them."""
+    global PEAK
+    start, gradients = draws(30)
+    betas = (0.8, 0.95)
+    ours = run_ours(
+        gradients,
+        start,
+        num_steps=30,
+        learning_rate=0.01,
+        warmup_steps=5,
+        final_fraction=0.2,
+        betas=betas,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
+    )
+    share = np.clip((np.arange(30) - 5) / 25, 0, 1)
+    rates = 0.01 * (0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * share)))
+    rates[:5] = 0.01 * np.arange(5) / 5
+    theirs = run_torch(gradients, start, rates, betas, weight_decay, clip_norm)
+    for name in start:
+        moved = np.abs(theirs[name] - start[name]).max()
+        assert moved > 0.03
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-4 * moved)
+
+
+def test_clipping_changes_large_gradients_and_keeps_small_ones():
+    start, gradients = draws(5)
+    fields = dict(
+        num_steps=5,
+        learning_rate=0.01,
+        warmup_steps=0,
+        final_fraction=1.0,
+        betas=(0.9, 0.999),
+        weight_decay=0.0,
+    )
+    free = run_ours(gradients, start, clip_norm=0.0, **fields)
+    loose = run_ours(gradients, start, clip_norm=1e6, **fields)
+    tight = run_ours(gradients, start, clip_norm=1.0, **fields)
+    np.testing.assert_array_equal(loose["kernel"], free["kernel"])
+    assert np.abs(tight["kernel"] - free["kernel"]).max() > 1e-3

@@ -1,0 +1,81 @@
+"""The same step on one device and on eight, split in every way: same losses, same parameters."""
+
+import jax
+import numpy as np
+import pytest
+
+from latent_diffusion_jax import build
+from latent_diffusion_jax.conditioning import tokenizers as captions
+from latent_diffusion_jax.runtime import sharding
+
+MESHES = [
+    {"data": 8, "fsdp": 1, "tensor": 1},
+    {"data": 1, "fsdp": 8, "tensor": 1},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+]
+
+
+def wide(config):
+    """Large enough for the rules to split something."""
+    config.unet.channels = 32
+    config.unet.head_dim = 16
+    config.text_encoder.width = 64
+    config.text_encoder.head_dim = 32
+    return config
+
+
+def run_steps(stage, frozen, batch, mesh, steps=3):
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(stage.init, key)
+    shardings = sharding.state_sharding(shapes, mesh)
+    state = jax.jit(stage.init, out_shardings=shardings)(key)
+    if frozen is not None:
+        frozen = jax.device_put(frozen, sharding.state_sharding(frozen, mesh))
+    state = state.replace(frozen=frozen)
+    step = jax.jit(stage.train_step)
+    losses = []
+    for _ in range(steps):
+        state, metrics = step(state, sharding.put_batch(batch, mesh), key)
+        losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state.params), state
+
+
+def check_equal(stage, frozen, batch, sizes, split_axis):
+    one = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    expected_losses, expected, _ = run_steps(stage, frozen, batch, one)
+    losses, params, state = run_steps(stage, frozen, batch, sharding.make_mesh(sizes))
+    np.testing.assert_allclose(losses, expected_losses, rtol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), params, expected)
+    if split_axis:
+        specs = [str(leaf.sharding.spec) for leaf in jax.tree.leaves(state.params)]
+        assert any(split_axis in spec for spec in specs), "nothing was split"
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_diffusion_step(smoke_config, sizes):
+    config = wide(smoke_config)
+    tokenizer = captions.train(["a handwritten seven", "the digit 3"], 64, 8)
+    stage = build.second_stage(config, tokenizer)
+    network = build.autoencoder(config)
+    rng = np.random.default_rng(0)
+    params = network.init(
+        jax.random.key(1), np.zeros((1, 32, 32, 3), np.float32), np.zeros((1, 8, 8, 3), np.float32)
+    )["params"]
+    frozen = {"autoencoder": params, "scale_factor": np.float32(0.8)}
+    batch = {
+        "image": rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8),
+        "tokens": captions.encode(tokenizer, ["the digit 3", "a handwritten seven"] * 4),
+    }
+    axis = next((name for name in ("tensor", "fsdp") if sizes[name] > 1), None)
+    check_equal(stage, frozen, batch, sizes, axis)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_first_stage_step(smoke_config, sizes):
+    config = smoke_config
+    config.first_stage.loss.disc_start = 1
+    config.first_stage.discriminator.channels = 32
+    rng = np.random.default_rng(0)
+    batch = {"image": rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)}
+    axis = "fsdp" if sizes["fsdp"] > 1 else None
+    check_equal(build.first_stage(config), None, batch, sizes, axis)
