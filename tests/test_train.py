@@ -92,8 +92,8 @@ def test_stopped_and_resumed_is_bit_identical(trained_workdir, smoke_config, tmp
     assert train(smoke_config, tmp_path)
     for stage in ("first_stage", "diffusion"):
         assert_same_state(trained_workdir, tmp_path, stage)
-    steps = [(row["stage"], row["step"]) for row in
-             map(json.loads, (tmp_path / "metrics.jsonl").open()) if "train/loss" in row]  # fmt: skip
+    rows = map(json.loads, (tmp_path / "metrics.jsonl").open())
+    steps = [(row["stage"], row["step"]) for row in rows if "train/loss" in row]
     assert len(steps) == len(set(steps)), "a step was logged twice"
 
 

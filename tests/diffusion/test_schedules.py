@@ -1,4 +1,4 @@
-"""Noise schedules against `diffusers` and Stable Diffusion's numbers; which timesteps are visited."""
+"""Noise schedules against `diffusers` and Stable Diffusion's numbers; visited timesteps."""
 
 import numpy as np
 import pytest

@@ -108,10 +108,10 @@ def test_cross_attention_block_attends_to_the_context(random_params, attended):
     run = jax.jit(lambda tokens, c: block.apply({"params": params}, tokens, c))
     out = np.asarray(run(x, context if attended else None))
     moved = x.copy()
-    moved[:, 2] += 1.0
-    # Self-attention lets every token see token 2; in another row nothing changes.
-    changed = np.abs(run(moved, context if attended else None) - out)
-    assert changed.max(axis=-1).min() > 1e-4
+    moved[0, 2, 0] += 1.0  # one channel: layer norm does not see a shift of all
+    # Self-attention lets every token see token 2, and no token of the other row.
+    changed = np.abs(run(moved, context if attended else None) - out).max(axis=-1)
+    assert changed[0].min() > 1e-4 and changed[1].max() < 1e-6
     if attended:
         other = context.copy()
         other[0, 1] += 1.0
@@ -124,11 +124,15 @@ def test_cross_attention_block_attends_to_the_context(random_params, attended):
 def test_spatial_transformer_starts_as_the_identity_and_leaves_it(random_params):
     x, context = normal(14, 2, 4, 2, 8), normal(15, 2, 3, 6)
     transformer = SpatialTransformer(num_heads=2, head_dim=4, depth=2, num_groups=4)
-    out, variables = jax.jit(transformer.init_with_output)(jax.random.key(0), x, context)
+    init = jax.jit(
+        transformer.init_with_output, compiler_options={"xla_backend_optimization_level": 0}
+    )
+    out, variables = init(jax.random.key(0, impl="rbg"), x, context)  # both compile fast
     np.testing.assert_array_equal(out, x)
     assert {"block_0", "block_1"} <= set(variables["params"])
     params = random_params(transformer, x, context)
-    assert np.abs(transformer.apply({"params": params}, x, context) - x).min(axis=-1).max() > 0.01
+    out = jax.jit(transformer.apply)({"params": params}, x, context)
+    assert np.abs(out - x).max(axis=-1).min() > 0.01
 
 
 def test_pixel_attention_equals_numpy_over_all_pixels(random_params):

@@ -24,9 +24,7 @@ IMAGES, RECONSTRUCTIONS = normal(0, 3, 4, 5, 2), normal(1, 3, 4, 5, 2)
 
 def test_reconstruction_loss_is_l1_summed_over_an_image():
     expected = np.abs(IMAGES.astype(np.float64) - RECONSTRUCTIONS).sum() / 3
-    np.testing.assert_allclose(
-        reconstruction_loss(IMAGES, RECONSTRUCTIONS), expected, rtol=1e-6
-    )
+    np.testing.assert_allclose(reconstruction_loss(IMAGES, RECONSTRUCTIONS), expected, rtol=1e-6)
     assert reconstruction_loss(IMAGES, IMAGES) == 0.0
 
 
@@ -72,7 +70,8 @@ def test_adaptive_weight_equals_torch():
 
 
 @pytest.mark.parametrize(
-    ("reconstruction", "generator", "expected"), [(0.0, 1.0, 0.0), (5.0, 0.0, 1e4), (3.0, 1e-4, 1e4)]
+    ("reconstruction", "generator", "expected"),
+    [(0.0, 1.0, 0.0), (5.0, 0.0, 1e4), (3.0, 1e-4, 1e4)],
 )
 def test_adaptive_weight_stays_finite_within_its_bounds(reconstruction, generator, expected):
     direction = jnp.asarray([0.6, 0.0, 0.8])

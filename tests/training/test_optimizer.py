@@ -100,7 +100,6 @@ def draws(num_steps: int, seed: int = 0):
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
 def test_updates_equal_torch_adamw(weight_decay, clip_norm):
     """Decay on all parameters, biases too; clipping by the norm over all of them."""
-    global PEAK
     start, gradients = draws(30)
     betas = (0.8, 0.95)
     ours = run_ours(

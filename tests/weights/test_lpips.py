@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from latent_diffusion_jax.models.lpips import LPIPS
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.weights import lpips as lpips_weights
 
-# torchvision's configuration "D"; "M" is max pooling.
-VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
+# torchvision's configuration "D" up to relu5_3; "M" is max pooling.
+VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
 TAPS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 in torchvision's `features`
 WIDTHS = (64, 128, 256, 512, 512)
 
@@ -71,7 +70,7 @@ def reference() -> TorchLPIPS:
             if name.startswith("lin"):
                 parameter.uniform_(0, 1)  # learned weights are not negative
             elif name.endswith("weight"):
-                F.relu(nn.init.kaiming_normal_(parameter))
+                nn.init.kaiming_normal_(parameter)
             else:
                 parameter.uniform_(-0.2, 0.2)
     return model
@@ -87,16 +86,15 @@ def weights_file(reference, tmp_path_factory):
 
 def test_distances_and_gradients_equal_torch(reference, weights_file):
     rng = np.random.default_rng(0)
-    x = rng.uniform(-1, 1, (2, 16, 32, 3)).astype(np.float32)
-    y = rng.uniform(-1, 1, (2, 16, 32, 3)).astype(np.float32)
+    x, y = rng.uniform(-1, 1, (2, 2, 16, 32, 3)).astype(np.float32)
     y[1] = x[1] + 0.05 * y[1]
     params = lpips_weights.load(weights_file)
 
-    def total(y, x):
+    def total(y, x, params):
         distance = LPIPS().apply({"params": params}, x, y)
         return distance.sum(), distance
 
-    gradient, distance = jax.jit(jax.grad(total, has_aux=True))(y, x)
+    gradient, distance = jax.jit(jax.grad(total, has_aux=True))(y, x, params)
 
     x, y = (torch.tensor(images).permute(0, 3, 1, 2) for images in (x, y))
     y.requires_grad_()

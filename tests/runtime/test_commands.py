@@ -1,0 +1,213 @@
+"""Commands: one clear line for what a user got wrong, and a way to stop."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from ml_collections import ConfigDict
+
+from latent_diffusion_jax.runtime import commands
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# A command that does nothing, and loads quickly.
+COMMAND = """
+import sys
+from absl import flags
+from ml_collections import config_flags
+from latent_diffusion_jax.runtime import commands
+from latent_diffusion_jax.runtime.errors import UserError
+
+config_flags.DEFINE_config_file("config", None, "")
+flags.DEFINE_string("workdir", None, "")
+flags.mark_flags_as_required(["config", "workdir"])
+
+def main():
+    if flags.FLAGS.workdir == "bad":
+        raise UserError("this workdir is bad")
+    if flags.FLAGS.workdir == "bug":
+        raise ValueError("this is a bug")
+    print(flags.FLAGS.config.batch_size, flags.FLAGS.config.optimizer.learning_rate)
+
+commands.run(main)
+"""
+
+SMOKE = "--config=configs/txt2img.py:smoke"
+WORKDIR = "--workdir=not/made"
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    """Starts Python in the repository's root."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_command(*arguments: str) -> tuple[int, str, str]:
+    """Status, output and errors of the command above."""
+    process = start("-c", COMMAND, *arguments)
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors
+
+
+def assert_one_line(outcome, *said):
+    status, output, errors = outcome
+    assert status == 2, errors
+    assert output == ""
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and errors.endswith("\n")
+    for part in said:
+        assert part in errors
+
+
+# What a user can get wrong on the command line.
+
+
+def test_unknown_key_of_the_real_command():
+    process = start(
+        *("-m", "latent_diffusion_jax.train"), SMOKE, "--config.optimizer.learningrate=1", WORKDIR
+    )
+    output, errors = process.communicate(timeout=120)
+    outcome = process.returncode, output, errors
+    assert_one_line(outcome, "'optimizer.learningrate'", "'optimizer.learning_rate'")
+    assert not (ROOT / "not").exists()
+
+
+def test_a_command_that_goes_well():
+    status, output, errors = run_command(
+        SMOKE, "--config.batch_size=12", "--config.optimizer.learning_rate=0.5", WORKDIR
+    )
+    assert (status, output, errors) == (0, "12 0.5\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        pytest.param(
+            [SMOKE, "--config.optimizer.learningrate=1", WORKDIR],
+            ["'optimizer.learningrate'", "'optimizer.learning_rate'"],
+            id="unknown key",
+        ),
+        pytest.param(
+            ["--config=configs/txt2img.py:nope", WORKDIR],
+            ["configs/txt2img.py", "'nope'", "digits, smoke, paper"],
+            id="unknown variant",
+        ),
+        pytest.param(
+            ["--config=configs/nope.py", WORKDIR], ["configs/nope.py"], id="missing config file"
+        ),
+        pytest.param(
+            [SMOKE, "--config.batch_size=many", WORKDIR],
+            ["config.batch_size", "'many'"],
+            id="wrong type",
+        ),
+        pytest.param([SMOKE], ["--workdir"], id="missing workdir"),
+        pytest.param([WORKDIR], ["--config"], id="no config"),
+        pytest.param([SMOKE, "--wrkdir=x"], ["'wrkdir'", "workdir"], id="unknown flag"),
+        pytest.param([SMOKE, WORKDIR, "extra"], ["'extra'"], id="unexpected argument"),
+        pytest.param([SMOKE, "--config.unet=3", WORKDIR], ["config.unet"], id="a section"),
+        pytest.param(
+            [SMOKE, "--noconfig.data.random_flips", WORKDIR],
+            ["'data.random_flips'", "'data.random_flip'"],
+            id="unknown switch",
+        ),
+        pytest.param(
+            ["--config", "configs/txt2img.py:smoke", "--config.batchsize=1", WORKDIR],
+            ["'batchsize'", "'batch_size'"],
+            id="config after a space",
+        ),
+        pytest.param(
+            [SMOKE, "--config.batchsize", "1", WORKDIR],
+            ["'batchsize'", "'batch_size'"],
+            id="override after a space",
+        ),
+        pytest.param(
+            ["--config.batch_size=3", SMOKE, WORKDIR], ["--config"], id="override before config"
+        ),
+        pytest.param([SMOKE, "--workdir=bad"], ["this workdir is bad"], id="a UserError"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, said):
+    assert_one_line(run_command(*arguments), *said)
+
+
+def test_a_bug_keeps_its_traceback():
+    status, _, errors = run_command(SMOKE, "--workdir=bug")
+    assert status == 1
+    assert "Traceback" in errors and "this is a bug" in errors
+
+
+# Configs.
+
+
+def test_flatten():
+    config = ConfigDict({"a": 1, "b": {"c": (1, 2), "d": {"e": "x"}}})
+    expected = {"a": 1, "b.c": (1, 2), "b.d.e": "x"}
+    assert commands.flatten(config) == expected
+    assert commands.flatten(config.to_dict()) == expected
+    assert commands.flatten({}) == {}
+
+
+# Stopping.
+
+
+@pytest.fixture
+def handlers():
+    """Puts back the handlers of both signals, and counts calls of the ones set here."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    calls = []
+    for number in before:
+        signal.signal(number, lambda number, frame: calls.append(number))
+    yield calls
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)  # the handler runs between two instructions of the main thread
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_asks_to_stop(handlers, capsys, number):
+    with commands.StopRequest() as should_stop:
+        assert not should_stop()
+        send(number)
+        assert should_stop() is True
+        assert should_stop.exit_status == 128 + number
+    assert handlers == []
+    shown = capsys.readouterr().err
+    assert number.name in shown and "once more" in shown
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_is_not_caught(handlers, number):
+    with commands.StopRequest() as should_stop:
+        send(number)
+        send(number)
+        assert handlers == [number]
+        assert should_stop()
+
+
+def test_handlers_are_put_back_without_any_signal(handlers):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with commands.StopRequest() as should_stop:
+        during = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+        assert not set(during) & set(before)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert not should_stop() and should_stop.exit_status == 0
+
+
+def test_handlers_are_put_back_after_an_error(handlers):
+    with pytest.raises(RuntimeError), commands.StopRequest():
+        raise RuntimeError
+    send(signal.SIGTERM)
+    assert handlers == [signal.SIGTERM]

@@ -1,0 +1,236 @@
+"""Host images: decoding to RGB, cropping, and the way to uint8, grids and PNG files."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latent_diffusion_jax.runtime import images
+
+
+def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=format, **options)
+    return buffer.getvalue()
+
+
+def noise(height, width, channels=3, seed=0):
+    shape = (height, width, channels) if channels else (height, width)
+    return np.random.default_rng(seed).integers(256, size=shape).astype(np.uint8)
+
+
+def decoded(data: bytes) -> np.ndarray:
+    image = images.decode(data)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+# Decoding.
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "WEBP"])
+def test_rgb_is_unchanged(format):
+    pixels = noise(5, 7)
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encode(Image.fromarray(pixels), format, **options)
+    np.testing.assert_array_equal(decoded(data), pixels)
+
+
+def test_transparent_parts_become_white():
+    pixels = noise(5, 7, 4)
+    pixels[0, 0], pixels[0, 1], pixels[0, 2] = (9, 9, 9, 0), (9, 8, 7, 255), (0, 100, 200, 128)
+    found = decoded(encode(Image.fromarray(pixels)))
+    alpha = pixels[..., 3:] / 255.0
+    np.testing.assert_allclose(found, pixels[..., :3] * alpha + 255 * (1 - alpha), atol=1)
+    assert found[0, 0].tolist() == [255, 255, 255] and found[0, 1].tolist() == [9, 8, 7]
+
+
+def test_grey_with_transparency():
+    pixels = np.array([[[50, 255], [50, 0]]], np.uint8)
+    found = decoded(encode(Image.fromarray(pixels, "LA")))
+    assert found.tolist() == [[[50] * 3, [255] * 3]]
+
+
+def palette_image() -> Image.Image:
+    image = Image.new("P", (3, 1))
+    image.putpalette([250, 0, 0, 0, 240, 0, 0, 0, 230])
+    image.putdata([0, 1, 2])
+    return image
+
+
+def test_palette():
+    assert decoded(encode(palette_image())).tolist() == [[[250, 0, 0], [0, 240, 0], [0, 0, 230]]]
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF"])
+def test_palette_with_transparency(format):
+    found = decoded(encode(palette_image(), format, transparency=1))
+    assert found.tolist() == [[[250, 0, 0], [255, 255, 255], [0, 0, 230]]]
+
+
+def test_rgb_with_a_transparent_colour():
+    pixels = np.array([[[10, 20, 30], [10, 20, 31]]], np.uint8)
+    found = decoded(encode(Image.fromarray(pixels), transparency=(10, 20, 30)))
+    assert found.tolist() == [[[255, 255, 255], [10, 20, 31]]]
+
+
+def test_grey():
+    pixels = noise(5, 7, 0)
+    np.testing.assert_array_equal(
+        decoded(encode(Image.fromarray(pixels))), pixels[..., None].repeat(3, axis=2)
+    )
+
+
+def test_black_and_white():
+    image = Image.new("1", (2, 1))
+    image.putdata([0, 255])
+    assert decoded(encode(image)).tolist() == [[[0] * 3, [255] * 3]]
+
+
+def test_grey_of_16_bits_keeps_its_contrast():
+    levels = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    found = decoded(encode(Image.fromarray(levels)))
+    np.testing.assert_allclose(found[..., 0], levels / 65535 * 255, atol=1)
+
+
+def test_cmyk_jpeg():
+    red = decoded(encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"))
+    np.testing.assert_allclose(red, np.broadcast_to([255, 0, 0], (16, 16, 3)), atol=3)
+    grey = decoded(encode(Image.new("CMYK", (16, 16), (0, 0, 0, 155)), "JPEG"))
+    np.testing.assert_allclose(grey, 100, atol=3)
+
+
+WHOLE = encode(Image.fromarray(noise(32, 32)))
+JPEG = encode(Image.fromarray(noise(32, 32)), "JPEG")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"some text, not an image\n" * 50, id="text"),
+        pytest.param(WHOLE[:4], id="first bytes"),
+        pytest.param(WHOLE[:40], id="header"),
+        pytest.param(WHOLE[: len(WHOLE) // 2], id="half a PNG"),
+        pytest.param(JPEG[: len(JPEG) // 2], id="half a JPEG"),
+        pytest.param(WHOLE[:100] + b"\xff" * 50 + WHOLE[150:], id="overwritten"),
+    ],
+)
+def test_damaged_images_are_value_errors(data):
+    with pytest.raises(ValueError, match=r".+"):
+        images.decode(data)
+
+
+def test_decompression_bomb(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # the image has 1024
+    with pytest.raises(ValueError, match="pixels"):
+        images.decode(WHOLE)
+
+
+# Cropping.
+
+
+@pytest.mark.parametrize("rng", [None, np.random.default_rng(0)], ids=["centre", "random"])
+@pytest.mark.parametrize(
+    ("width", "height"), [(64, 32), (32, 64), (100, 17), (3, 5), (1, 1), (16, 16), (33, 32)]
+)
+def test_crop_is_square_at_any_size(width, height, rng):
+    found = images.resize_and_crop(Image.fromarray(noise(height, width)), 16, rng)
+    assert found.shape == (16, 16, 3) and found.dtype == np.uint8
+
+
+def test_nothing_happens_at_the_right_size():
+    pixels = noise(16, 16)
+    np.testing.assert_array_equal(images.resize_and_crop(Image.fromarray(pixels), 16), pixels)
+
+
+def test_centre_crop_without_resizing():
+    pixels = noise(16, 26)
+    found = images.resize_and_crop(Image.fromarray(pixels), 16)
+    np.testing.assert_array_equal(found, pixels[:, 5:21])
+    tall = images.resize_and_crop(Image.fromarray(pixels.transpose(1, 0, 2)), 16)
+    np.testing.assert_array_equal(tall, pixels.transpose(1, 0, 2)[5:21])
+
+
+def test_resizing_is_pillows_bicubic_of_the_whole_image():
+    image = Image.fromarray(noise(64, 96))
+    expected = np.asarray(image.resize((24, 16), Image.Resampling.BICUBIC))[:, 4:20]
+    np.testing.assert_array_equal(images.resize_and_crop(image, 16), expected)
+
+
+def test_random_crops_reach_every_place_and_none_outside():
+    pixels = noise(16, 20)
+    rng = np.random.default_rng(0)
+    expected = {pixels[:, left : left + 16].tobytes(): left for left in range(5)}
+    found = {
+        expected[images.resize_and_crop(Image.fromarray(pixels), 16, rng).tobytes()]
+        for _ in range(100)
+    }
+    assert found == set(range(5))
+
+
+def test_random_crops_of_tall_images():
+    pixels = noise(20, 16)
+    rng = np.random.default_rng(0)
+    expected = {pixels[top : top + 16].tobytes(): top for top in range(5)}
+    found = {
+        expected[images.resize_and_crop(Image.fromarray(pixels), 16, rng).tobytes()]
+        for _ in range(100)
+    }
+    assert found == set(range(5))
+
+
+# To uint8, grids and files.
+
+
+def test_to_uint8_is_the_inverse_of_scaling():
+    levels = np.arange(256, dtype=np.uint8)
+    for dtype in (np.float32, np.float64):
+        found = images.to_uint8(levels.astype(dtype) / 127.5 - 1.0)
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, levels)
+
+
+def test_to_uint8_rounds_to_the_nearest_level_and_clips():
+    level = 1 / 127.5
+    values = np.array([-1.0 + 0.4 * level, -1.0 + 0.6 * level, 1.0 - 0.4 * level, -1.7, 1.7])
+    assert images.to_uint8(values).tolist() == [0, 1, 255, 0, 255]
+
+
+@pytest.mark.parametrize(
+    ("count", "columns", "shape"),
+    [(5, 3, (2, 3)), (6, 3, (2, 3)), (2, 8, (1, 2)), (1, 1, (1, 1))],
+)
+def test_grid_layout(count, columns, shape):
+    pictures = noise(count * 4, 5).reshape(count, 4, 5, 3) // 2  # darker than the lines
+    found = images.grid(pictures, columns, pad=2, min_size=1)
+    assert found.shape == (shape[0] * 6 + 2, shape[1] * 7 + 2, 3) and found.dtype == np.uint8
+    rest = found.copy()
+    for i, picture in enumerate(pictures):
+        top, left = 2 + i // shape[1] * 6, 2 + i % shape[1] * 7
+        np.testing.assert_array_equal(found[top : top + 4, left : left + 5], picture)
+        rest[top : top + 4, left : left + 5] = 255
+    assert (rest == 255).all()
+
+
+def test_small_images_are_enlarged_in_a_grid():
+    pictures = noise(8, 5).reshape(2, 4, 5, 3)
+    found = images.grid(pictures, 2, pad=1, min_size=10)  # four pixels to twelve: three times
+    assert found.shape == (12 + 2, 2 * 15 + 3, 3)
+    np.testing.assert_array_equal(found[1:13:3, 1:16:3], pictures[0])
+    np.testing.assert_array_equal(found[3:13:3, 3:16:3], pictures[0])
+    np.testing.assert_array_equal(found[1:13:3, 17:32:3], pictures[1])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_round_trip(tmp_path, channels):
+    path = tmp_path / "new" / "folder" / "image.png"
+    pixels = noise(6, 9, channels)
+    images.save_png(path, pixels)
+    np.testing.assert_array_equal(decoded(path.read_bytes()), pixels.repeat(3 // channels, axis=2))
+
+
+def test_png_whatever_the_file_is_called(tmp_path):
+    images.save_png(tmp_path / "image.out", noise(2, 2))
+    assert Image.open(tmp_path / "image.out").format == "PNG"
