@@ -128,7 +128,7 @@ def digits(config: ConfigDict) -> ConfigDict:
     first.batch_size = 32
     first.num_steps = 400
 
-    config.tokenizer.vocab_size = 256
+    config.tokenizer.vocab_size = 512
     config.tokenizer.max_length = 16
     config.text_encoder.width = 64
     config.text_encoder.depth = 2

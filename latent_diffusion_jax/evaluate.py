@@ -32,13 +32,6 @@ from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.training.state import to_float
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "Folder that train wrote.", required=True)
-flags.DEFINE_integer("num_samples", 500, "Images to draw.", lower_bound=10)
-flags.DEFINE_integer("max_real", 10_000, "Real images of each split to use.", lower_bound=10)
-flags.DEFINE_integer("seed", 0, "Seed of the first sample; the next ones count up from it.")
-flags.DEFINE_integer("steps", None, "Sampling steps; default from the config.", lower_bound=1)
-flags.DEFINE_float("guidance_scale", None, "1 is no guidance; default from the config.")
-flags.DEFINE_string("sampler", None, "ddim or ddpm; default from the config.")
 
 FEATURE_SIZE = 32  # pixels: side of the grey images that are compared
 NEIGHBOURS = 3
@@ -129,6 +122,16 @@ def evaluate(
     return figures, samples
 
 
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "Folder that train wrote.", required=True)
+    flags.DEFINE_integer("num_samples", 500, "Images to draw.", lower_bound=10)
+    flags.DEFINE_integer("max_real", 10_000, "Real images of each split to use.", lower_bound=10)
+    flags.DEFINE_integer("seed", 0, "Seed of the first sample; the next ones count up from it.")
+    flags.DEFINE_integer("steps", None, "Sampling steps; default from the config.", lower_bound=1)
+    flags.DEFINE_float("guidance_scale", None, "1 is no guidance; default from the config.")
+    flags.DEFINE_string("sampler", None, "ddim or ddpm; default from the config.")
+
+
 def main() -> None:
     loggers.set_up_logging()
     workdir = pathlib.Path(FLAGS.workdir).expanduser().absolute()
@@ -150,4 +153,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     run(main)

@@ -21,18 +21,6 @@ from latent_diffusion_jax.runtime.commands import run
 from latent_diffusion_jax.runtime.errors import UserError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "Folder that train wrote.", required=True)
-flags.DEFINE_string("prompt", None, "What to draw.")
-flags.DEFINE_string("prompts_file", None, "File with a prompt on each line, instead of --prompt.")
-flags.DEFINE_integer("num_images", 1, "Images for each prompt.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Seed of the first image; the next ones count up from it.")
-flags.DEFINE_integer("steps", None, "Sampling steps; default from the config.", lower_bound=1)
-flags.DEFINE_float("guidance_scale", None, "1 is no guidance; default from the config.")
-flags.DEFINE_string("sampler", None, "ddim or ddpm; default from the config.")
-flags.DEFINE_float("eta", None, "DDIM's noise, 0 to 1; default from the config.")
-flags.DEFINE_integer("batch_size", None, "Images drawn at once; default from the config.")
-flags.DEFINE_string("out", "grid.png", "A .png for one grid; a folder, with a / at its end or "
-                    "already there, for one PNG an image.")  # fmt: skip
 
 GRID_COLUMNS = 4
 
@@ -67,6 +55,23 @@ def write_folder(
     (folder / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "Folder that train wrote.", required=True)
+    flags.DEFINE_string("prompt", None, "What to draw.")
+    flags.DEFINE_string(
+        "prompts_file", None, "File with a prompt on each line, instead of --prompt."
+    )
+    flags.DEFINE_integer("num_images", 1, "Images for each prompt.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of the first image; the next ones count up from it.")
+    flags.DEFINE_integer("steps", None, "Sampling steps; default from the config.", lower_bound=1)
+    flags.DEFINE_float("guidance_scale", None, "1 is no guidance; default from the config.")
+    flags.DEFINE_string("sampler", None, "ddim or ddpm; default from the config.")
+    flags.DEFINE_float("eta", None, "DDIM's noise, 0 to 1; default from the config.")
+    flags.DEFINE_integer("batch_size", None, "Images drawn at once; default from the config.")
+    flags.DEFINE_string("out", "grid.png", "A .png for one grid; a folder, with a / at its end or "
+                        "already there, for one PNG an image.")  # fmt: skip
+
+
 def main() -> None:
     loggers.set_up_logging()
     out = pathlib.Path(FLAGS.out)
@@ -76,8 +81,9 @@ def main() -> None:
     prompts = read_prompts(FLAGS.prompt, FLAGS.prompts_file)
     pipe = pipelines.load(FLAGS.workdir)
     for prompt in prompts:
-        for complaint in captions.complaints(pipe.tokenizer, prompt):
-            print(f"warning: prompt {prompt!r}: {complaint}", file=sys.stderr)
+        if lost := captions.cut_off(pipe.tokenizer, prompt):
+            length = captions.max_length(pipe.tokenizer)
+            print(f"warning: only {length} tokens fit, cut off: {lost!r}", file=sys.stderr)
     prompts = [prompt for prompt in prompts for _ in range(FLAGS.num_images)]
     seeds = [FLAGS.seed + i for i in range(len(prompts))]
     drawn = pipe(
@@ -97,4 +103,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     run(main)

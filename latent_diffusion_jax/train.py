@@ -27,12 +27,9 @@ from latent_diffusion_jax.runtime import checkpoints, loggers, sharding
 from latent_diffusion_jax.runtime.commands import StopRequest, flatten, run
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.training import loop
-from latent_diffusion_jax.training.state import State, to_float
+from latent_diffusion_jax.training.state import Stage, State, to_float
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "Config file, then overrides.")
-flags.DEFINE_string("workdir", None, "Folder of checkpoints and logs.")
-flags.mark_flags_as_required(["config", "workdir"])
 
 # Keys that may change between calls in one workdir: they do not change what is learned.
 FREE_KEYS = (
@@ -69,6 +66,11 @@ def train(
         sharding.check_batch_size(flatten(config)[key], mesh, key)
     as_json = json.loads(config.to_json())
     check_workdir(as_json, workdir)
+    num_steps = {"first_stage": config.first_stage.num_steps, "diffusion": config.num_steps}
+    last = {name: checkpoints.latest_step(workdir / name) or 0 for name in config.stages}
+    unfinished = [name for name in config.stages if last[name] < num_steps[name]]
+    # Reads the weights of the perceptual loss, where there are any: they may be damaged.
+    first_stage = build.first_stage(config) if "first_stage" in unfinished else None
     train_source, test_source = build.data_sources(config)
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
@@ -89,16 +91,13 @@ def train(
         keep_checkpoints=config.keep_checkpoints,
     )
     log_summary(shared, config)
-    stages = {
-        "first_stage": (train_first_stage, config.first_stage.num_steps),
-        "diffusion": (train_diffusion, config.num_steps),
-    }
     for name in config.stages:
-        train_it, num_steps = stages[name]
-        step = checkpoints.latest_step(workdir / name)
-        if step is not None and step >= num_steps:
-            logging.info("%s: complete at step %d, nothing to do", name, step)
-        elif not train_it(shared, config):
+        if name not in unfinished:
+            logging.info("%s: complete at step %d, nothing to do", name, last[name])
+        elif first_stage is not None and name == "first_stage":
+            if not train_first_stage(shared, config, first_stage):
+                return False
+        elif not train_diffusion(shared, config):
             return False
     logging.info("done: checkpoints and config in %s, scalars in metrics.jsonl there,", workdir)
     logging.info("scalars and pictures: tensorboard --logdir=%s/tensorboard", workdir)
@@ -144,7 +143,7 @@ def log_summary(shared: loop.Run, config: ConfigDict) -> None:
     )
 
 
-def train_first_stage(shared: loop.Run, config: ConfigDict) -> bool:
+def train_first_stage(shared: loop.Run, config: ConfigDict, stage: Stage) -> bool:
     """Trains the autoencoder, then measures the scale of its latents."""
     section, network = config.first_stage, build.autoencoder(config)
     prepare = build.example_maker(config, None)
@@ -174,7 +173,7 @@ def train_first_stage(shared: loop.Run, config: ConfigDict) -> bool:
     return loop.train_stage(
         shared,
         "first_stage",
-        build.first_stage(config),
+        stage,
         prepare,
         batch_size=section.batch_size,
         num_steps=section.num_steps,
@@ -213,6 +212,12 @@ def open_tokenizer(shared: loop.Run, config: ConfigDict) -> tokenizers.Tokenizer
     return tokenizer
 
 
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "Config file, then overrides.")
+    flags.DEFINE_string("workdir", None, "Folder of checkpoints and logs.")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+
 def main() -> None:
     loggers.set_up_logging()
     with StopRequest() as stop:
@@ -221,4 +226,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     run(main)

@@ -47,7 +47,7 @@ def test_real_images_in_the_samples_place_are_rated_high(smoke_config):
     precision, recall = precision_recall(real[chosen[500:]], held_out, real[chosen[:500]])
     assert precision > 0.8 and recall > 0.8
     # A collapse onto few pictures keeps precision and loses recall; noise loses precision.
-    few = np.repeat(real[chosen[:10]], 50, axis=0)
+    few = np.repeat(real[chosen[:50]], 10, axis=0)
     precision, recall = precision_recall(real[chosen[500:]], held_out, few)
     assert precision > 0.8 and recall < 0.1
     noise = np.random.default_rng(0).uniform(size=(500, real.shape[1]))

@@ -128,4 +128,4 @@ def test_command_warns_of_what_a_prompt_loses(trained_workdir, tmp_path):
     done = sample(trained_workdir, f"--prompt={'a handwritten seven ' * 9}日", "--num_images=1",
                   f"--out={tmp_path}/a.png")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "cut off after 16 tokens" in done.stderr
+    assert "only 16 tokens fit, cut off: '" in done.stderr and "日" in done.stderr

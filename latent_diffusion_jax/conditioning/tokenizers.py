@@ -4,23 +4,35 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from latent_diffusion_jax.runtime.errors import UserError
 
-PAD, UNKNOWN, START, END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
+PAD, START, END = "[PAD]", "[CLS]", "[SEP]"
 
 
 def train(captions: Iterable[str], vocab_size: int, max_length: int) -> tokenizers.Tokenizer:
-    """A lower-casing WordPiece tokenizer, BERT's kind as in the paper, trained on captions.
+    """A lower-casing byte-level BPE tokenizer, trained on captions.
 
-    It pads and cuts to `max_length` tokens; both are part of its `tokenizer.json`.
+    It knows every text, since all 256 bytes are tokens. It pads and cuts to `max_length` tokens;
+    both are part of its `tokenizer.json`. The paper has BERT's WordPiece; the same captions give
+    other token ids in every run of WordPiece's trainer, and of this one the same ones.
+
+    Raises:
+      UserError: the vocabulary has no room for the bytes.
     """
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=[PAD, UNKNOWN, START, END], show_progress=False
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet) + 3:
+        raise UserError(f"tokenizer.vocab_size={vocab_size} must be at least {len(alphabet) + 3}")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(captions, trainer)
     ids = [(token, tokenizer.token_to_id(token)) for token in (START, END)]
@@ -58,19 +70,10 @@ def encode(tokenizer: tokenizers.Tokenizer, captions: Sequence[str]) -> np.ndarr
     return np.array([e.ids for e in tokenizer.encode_batch(list(captions))], np.int32)
 
 
-def complaints(tokenizer: tokenizers.Tokenizer, caption: str) -> list[str]:
-    """What encoding a prompt loses: words that training never saw, and what is cut off."""
-    encoding = tokenizer.encode(caption)
-    found = []
-    unknown = [
-        caption[start:end]
-        for token, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True)
-        if token == UNKNOWN
-    ]
-    if unknown:
-        found.append(f"words that no training caption had: {', '.join(unknown)}")
-    if encoding.overflowing:
-        cut = encoding.overflowing[0].offsets
-        start = next((s for s, e in cut if e > s), len(caption))
-        found.append(f"cut off after {max_length(tokenizer)} tokens: {caption[start:]!r}")
-    return found
+def cut_off(tokenizer: tokenizers.Tokenizer, caption: str) -> str:
+    """The end of a caption that does not fit into the tokenizer's length, "" where all fits."""
+    overflowing = tokenizer.encode(caption).overflowing
+    if not overflowing:
+        return ""
+    starts = [start for start, end in overflowing[0].offsets if end > start]
+    return caption[starts[0] :].strip() if starts else ""

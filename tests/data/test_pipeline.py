@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -239,9 +240,14 @@ DAMAGE = {
 
 @pytest.fixture
 def warnings_logged(monkeypatch):
-    """The warnings that were logged."""
+    """The warnings that this thread logs (other tests' loaders may still read ahead)."""
     found = []
-    monkeypatch.setattr(logging, "warning", lambda text, *args: found.append(text % args))
+
+    def warning(text, *args):
+        if threading.current_thread() is threading.main_thread():
+            found.append(text % args)
+
+    monkeypatch.setattr(logging, "warning", warning)
     return found
 
 
@@ -249,7 +255,8 @@ def warnings_logged(monkeypatch):
 def test_damaged_image_is_replaced_by_the_next_whole_one(make_source, warnings_logged, kind):
     source = make_source(6, {2: DAMAGE[kind], 3: b"", 5: b""}, max_damaged_share=0.5)
     assert [source[i]["name"] for i in range(6)] == [
-        f"image {i}" for i in (0, 1, 4, 4, 4, 0)  # after the last comes the first
+        f"image {i}"
+        for i in (0, 1, 4, 4, 4, 0)  # after the last comes the first
     ]
     assert source[2]["captions"] == source[4]["captions"]
     np.testing.assert_array_equal(source[2]["image"], source[4]["image"])

@@ -46,12 +46,13 @@ def test_unknown_schedule_names_the_known_ones():
         make_schedule("cosin", 10, 1e-4, 0.02)
 
 
+@pytest.mark.parametrize("name", sorted(BETAS))
 @pytest.mark.parametrize(
     ("start", "end"), [(0.0, 0.02), (-1e-4, 0.02), (1e-4, 1.0), (float("nan"), 0.02)]
 )
-def test_betas_outside_the_unit_interval_are_errors(start, end):
+def test_betas_outside_the_unit_interval_are_errors(name, start, end):
     with pytest.raises(ValueError, match=r"betas must lie in \(0, 1\)"):
-        make_schedule("linear", 10, start, end)
+        make_schedule(name, 10, start, end)
 
 
 def check_timesteps(timesteps: np.ndarray, num_timesteps: int, num_steps: int) -> None:

@@ -26,7 +26,7 @@ def test_gaussian_noise():
     noise = np.random.default_rng(1).normal(scale=8.0, size=(2, 64, 64, 3))
     grey = np.full((2, 64, 64, 3), 128, np.uint8)
     noisy = np.round(grey + noise).astype(np.uint8)
-    np.testing.assert_allclose(psnr(grey, noisy), 20 * np.log10(255 / 8), atol=0.1)
+    np.testing.assert_allclose(psnr(grey, noisy), 20 * np.log10(255 / 8), atol=0.3)
 
 
 def test_one_value_for_each_image():

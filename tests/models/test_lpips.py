@@ -17,14 +17,25 @@ X, Y = normal(0, 3, 16, 32, 3), normal(1, 3, 16, 32, 3)
 
 
 @pytest.fixture(scope="module")
-def distance(random_params):
-    """A narrow VGG with random weights, and channel weights that are not negative."""
+def narrow(random_params):
+    """A narrow VGG's compiled distance with its gradient by y, and its random parameters."""
+
+    def total(y, x, params):
+        distance = LPIPS().apply({"params": params}, x, y)
+        return distance.sum(), distance
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lpips, "VGG_BLOCKS", ((4, 4), (6, 6), (8, 8, 8), (8, 8, 8), (8, 8, 8)))
         params = random_params(LPIPS(), X, Y)
-        params = {k: np.abs(v) if k != "vgg" else v for k, v in params.items()}
-        run = jax.jit(lambda x, y: LPIPS().apply({"params": params}, x, y)).lower(X, Y).compile()
-    return lambda x, y: np.asarray(run(x, y))
+        run = jax.jit(jax.grad(total, has_aux=True)).lower(Y, X, params).compile()
+    # The learned weights of the channels are not negative.
+    return run, {k: np.abs(v) if k != "vgg" else v for k, v in params.items()}
+
+
+@pytest.fixture(scope="module")
+def distance(narrow):
+    run, params = narrow
+    return lambda x, y: np.asarray(run(y, x, params)[1])
 
 
 def test_distance_is_zero_to_itself_positive_and_symmetric(distance):
@@ -43,6 +54,16 @@ def test_distances_of_a_batch_are_those_of_its_pairs(distance):
     together = distance(X, Y)
     order = np.array([2, 0, 1])
     np.testing.assert_allclose(distance(X[order], Y[order]), together[order], rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer", ["conv_0_1", "conv_4_2"])
+def test_gradients_are_finite_where_every_feature_is_zero(narrow, layer):
+    """The norm's square root has no derivative there."""
+    run, params = narrow
+    convolution = params["vgg"][layer]
+    dead = params["vgg"] | {layer: convolution | {"bias": convolution["bias"] - 100.0}}
+    gradient, distance = run(Y, X, params | {"vgg": dead})
+    assert np.isfinite(distance).all() and np.isfinite(gradient).all()
 
 
 def test_vgg_halves_the_size_from_block_to_block():

@@ -84,6 +84,12 @@ SMALL = dict(channels=16, head_dim=8, num_groups=8)
 QUICKLY = {"xla_backend_optimization_level": 0}  # compiled
 
 
+def quiet(path, leaf):
+    """Makes the inputs of norms so small that their epsilons show."""
+    names = {"conv_in", "conv_out", "embedding", "proj_in"}
+    return 0.01 * leaf if names & {key.key for key in path} else leaf
+
+
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_values_and_gradients_equal_diffusers(
     variant, random_params, to_torch, assert_gradients_equal
@@ -92,6 +98,8 @@ def test_values_and_gradients_equal_diffusers(
     z_t, t = normal(0, 2, 8, 4, 3), np.array([3, 981])
     context = None if variant == "no_context" else normal(1, 2, 5, 12)
     params = random_params(model, z_t, t, context)
+    if variant == "no_context":
+        params = jax.tree_util.tree_map_with_path(quiet, params)
     weights = normal(2, 2, 8, 4, 4)
 
     def loss(params):
@@ -106,7 +114,7 @@ def test_values_and_gradients_equal_diffusers(
     ).sample
     expected = theirs.detach().permute(0, 2, 3, 1).numpy()
     assert ours.shape == expected.shape and ours.dtype == jnp.float32
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
     (nchw(weights) * theirs).sum().backward()
     names = diffusers_names(len(model.channel_multipliers))

@@ -8,9 +8,9 @@ import types
 import jax
 import numpy as np
 import pytest
-from configs import txt2img
 from jax.sharding import PartitionSpec as P
 
+from configs import txt2img
 from latent_diffusion_jax import build
 from latent_diffusion_jax.runtime import sharding, trees
 from latent_diffusion_jax.runtime.errors import UserError

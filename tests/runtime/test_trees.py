@@ -13,7 +13,9 @@ class Node:
     ema: object = None
 
 
-TREE = Node(params={"unet": {"conv_in": {"kernel": np.ones((2, 3))}}, "a": [np.ones(4), np.ones(())]})
+TREE = Node(
+    params={"unet": {"conv_in": {"kernel": np.ones((2, 3))}}, "a": [np.ones(4), np.ones(())]}
+)
 
 
 def test_names_of_dicts_lists_and_dataclasses():

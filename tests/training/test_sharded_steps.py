@@ -56,7 +56,7 @@ def check_equal(stage, frozen, batch, sizes, split_axis):
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_diffusion_step(smoke_config, sizes):
     config = wide(smoke_config)
-    tokenizer = captions.train(["a handwritten seven", "the digit 3"], 64, 8)
+    tokenizer = captions.train(["a handwritten seven", "the digit 3"], 300, 8)
     stage = build.second_stage(config, tokenizer)
     network = build.autoencoder(config)
     rng = np.random.default_rng(0)

@@ -1,0 +1,191 @@
+"""Configs: every variant builds, at full size as shapes, and wrong values are named."""
+
+import importlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from latent_diffusion_jax import build
+from latent_diffusion_jax.conditioning import tokenizers
+from latent_diffusion_jax.runtime import trees
+from latent_diffusion_jax.runtime.commands import flatten
+from latent_diffusion_jax.runtime.errors import UserError
+
+FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+MODULES = {path.stem: importlib.import_module(f"configs.{path.stem}")
+           for path in sorted(FOLDER.glob("*.py")) if path.stem != "base"}  # fmt: skip
+VARIANTS = [(name, variant) for name, module in MODULES.items() for variant in module.VARIANTS]
+
+every_variant = pytest.mark.parametrize(("name", "variant"), VARIANTS)
+
+
+def shapes_of(config: ConfigDict) -> dict:
+    """Shapes of the parameters of both stages."""
+    section = config.tokenizer
+    tokenizer = tokenizers.train(["a dog", "two cats"], section.vocab_size, section.max_length)
+    stages = build.first_stage(config), build.second_stage(config, tokenizer)
+    first, second = (jax.eval_shape(stage.init, jax.random.key(0)) for stage in stages)
+    assert jax.tree.structure(second.ema) == jax.tree.structure(second.params)
+    return first.params | second.params
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    """Shapes of the parameters of both stages, by config and variant."""
+    return {
+        (name, variant): shapes_of(MODULES[name].get_config(variant)) for name, variant in VARIANTS
+    }
+
+
+def test_there_are_configs():
+    assert ("txt2img", "smoke") in VARIANTS and ("txt2img", "paper") in VARIANTS
+
+
+@every_variant
+def test_variant_is_valid(name, variant):
+    build.check_config(MODULES[name].get_config(variant))
+
+
+@every_variant
+def test_variant_is_explained_at_the_head_of_its_file(name, variant):
+    lines = [line.split() for line in MODULES[name].__doc__.splitlines()]
+    assert variant in [words[0] for words in lines if words]
+
+
+@every_variant
+def test_both_stages_build(parameters, name, variant):
+    expected = {"autoencoder", "discriminator", "unet", "conditioner"}
+    assert parameters[name, variant].keys() == expected
+
+
+@every_variant
+def test_config_from_json_builds_the_same(parameters, name, variant):
+    # Checkpoints keep the config as JSON, which has lists and no tuples.
+    config = MODULES[name].get_config(variant)
+    copy = ConfigDict(json.loads(config.to_json()))
+    build.check_config(copy)
+    assert flatten(copy).keys() == flatten(config).keys()
+    if variant != "paper":  # the same code, in a fraction of the time
+        assert shapes_of(copy) == parameters[name, variant]
+
+
+@every_variant
+def test_configs_are_independent(name, variant):
+    config, other = (MODULES[name].get_config(variant) for _ in range(2))
+    before = flatten(other)
+    rate = config.first_stage.discriminator_optimizer.learning_rate
+    config.first_stage.optimizer.learning_rate = 123.0
+    config.data.name = "something else"
+    assert flatten(other) == before
+    assert config.first_stage.discriminator_optimizer.learning_rate == rate
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_unknown_variant(name):
+    with pytest.raises(ValueError, match=r"'nope'.*" + ".*".join(MODULES[name].VARIANTS)):
+        MODULES[name].get_config("nope")
+
+
+def test_default_variant():
+    for module in MODULES.values():
+        assert flatten(module.get_config()) == flatten(module.get_config(module.VARIANTS[0]))
+
+
+def test_paper_has_the_papers_size(parameters):
+    # What CompVis' code prints for the UNet and the autoencoder of LDM-KL-8, in millions.
+    counts = {key: trees.count(value) / 1e6
+              for key, value in parameters["txt2img", "paper"].items()}  # fmt: skip
+    assert counts["unet"] == pytest.approx(872.30, rel=1e-4)
+    assert counts["autoencoder"] == pytest.approx(83.65, rel=1e-3)
+
+
+def test_papers_text_encoder():
+    # 32 layers, each 4 projections 1280 x 512 and 2 of 1280 x 5120; 30,522 tokens, 77 places.
+    config = MODULES["txt2img"].get_config("paper")
+    length = config.tokenizer.max_length
+    network = build.latent_diffusion(config, config.tokenizer.vocab_size, length).conditioner
+    tokens = jax.ShapeDtypeStruct((1, length), np.int32)
+    count = trees.count(jax.eval_shape(network.init, jax.random.key(0), tokens))
+    kernels = 32 * (4 * 1280 * 512 + 2 * 1280 * 5120) + (30_522 + 77) * 1280
+    assert count == pytest.approx(kernels, rel=2e-3) and count > kernels  # biases and norms
+
+
+# Values that could not work.
+
+
+def changed(key: str, value) -> ConfigDict:
+    config = MODULES["txt2img"].get_config("digits")
+    with config.ignore_type():
+        config.update_from_flattened_dict({key: value})
+    return config
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("stages", ("first_stage", "second"), ["'second'", "first_stage, diffusion"]),
+        ("stages", (), ["stages=()", "first_stage, diffusion"]),
+        ("stages", ("diffusion", "first_stage"), ["('first_stage', 'diffusion')"]),
+        ("data.image_size", 36, ["data.image_size=36", "multiple of 8", "4", "2"]),
+        ("data.image_size", 30, ["data.image_size=30", "multiple of 8"]),
+        ("unet.num_groups", 5, ["unet.num_groups=5", "[32, 64]"]),
+        (
+            "first_stage.autoencoder.num_groups",
+            32,
+            ["first_stage.autoencoder.num_groups=32", "[16, 32, 32]"],
+        ),
+        ("unet.head_dim", 24, ["unet.head_dim=24"]),
+        ("sample.sampler", "eular", ["'eular'", "ddim", "ddpm"]),
+        ("num_steps", 0, ["num_steps=0", "at least 1"]),
+        ("first_stage.num_steps", 0, ["first_stage.num_steps=0", "at least 1"]),
+        ("first_stage.autoencoder.dtype", "float8", ["'float8'", "float32, bfloat16"]),
+    ],
+)
+def test_wrong_values_are_named(key, value, said):
+    with pytest.raises(UserError) as raised:
+        build.check_config(changed(key, value))
+    assert "\n" not in str(raised.value)
+    for part in said:
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize("image_size", [8, 32, 64, 256])
+def test_right_image_sizes(image_size):
+    build.check_config(changed("data.image_size", image_size))
+
+
+@pytest.mark.parametrize("stages", [("first_stage",), ("diffusion",)])
+def test_a_single_stage(stages):
+    build.check_config(changed("stages", stages))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("unet.attention_levels", (0, 7)),
+        ("unet.channel_multipliers", ()),
+        ("unet.num_groups", 0),
+        ("unet.head_dim", 0),
+        ("unet.dtype", "float8"),
+        ("schedule.name", "nope"),
+        ("sample.steps", 0),
+        ("sample.steps", 1001),
+        ("sample.batch_size", 0),
+        ("sample.prompts", ()),
+        ("optimizer.betas", (0.9,)),
+        ("tokenizer.max_length", 1),
+        ("first_stage.scale_examples", 0),
+        ("log_every", 0),
+        ("eval_every", 0),
+        ("eval_examples", 0),
+        ("checkpoint_every", 0),
+        ("keep_checkpoints", 0),
+    ],
+)
+def test_values_that_break_a_run_later_are_found_first(key, value):
+    with pytest.raises(UserError, match=key.split(".")[-1]):
+        build.check_config(changed(key, value))
