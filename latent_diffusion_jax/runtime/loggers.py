@@ -23,6 +23,19 @@ class _Formatter(python_logging.Formatter):
         return f"{clock} {level}{record.getMessage()}"
 
 
+class _CurrentStderr:
+    """Whatever `sys.stderr` is at the time: a progress bar on show replaces it, to stay below."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Leaves stderr open; absl asks for it at exit."""
+
+
 def set_up_logging() -> None:
     """Shows this package's log lines and other packages' warnings, without their chatter."""
     package = str(pathlib.Path(__file__).parent.parent)
@@ -31,6 +44,7 @@ def set_up_logging() -> None:
         lambda record: record.levelno > python_logging.INFO or record.pathname.startswith(package)
     )
     handler.setFormatter(_Formatter())
+    handler.python_handler.setStream(_CurrentStderr())
     logging.set_verbosity(logging.INFO)
 
 

@@ -156,18 +156,22 @@ def train_stage(
             items["tokenizer"] = tokenizer
             checkpoints.save(manager, step, state.replace(frozen=None), items)
 
+        logging.info("%s: compiling the train step", name)
         step, stopped, previous = start_step, False, None
         clock = _Clock(start_step)
         while step < num_steps and not stopped:
             batch = sharding.put_batch(next(loader), mesh)
             state, metrics = train_step(state, batch, train_key)
             step += 1
+            if step == start_step + 1:  # compiled now: what follows tells the speed
+                jax.block_until_ready(metrics)
+                clock = _Clock(step)
             # Waits for the step before, so that this one is already on its way.
             if previous is not None:
                 jax.block_until_ready(previous)
             previous = metrics
             progress.step(step)
-            if step % run.log_every == 0 or step in (start_step + 1, num_steps):
+            if step % run.log_every == 0 or step == num_steps:
                 figures = {key: float(value) for key, value in metrics.items()}
                 if not math.isfinite(figures["loss"]):
                     raise UserError(
@@ -222,7 +226,7 @@ class _Clock:
 
     def seconds_per_step(self, step: int) -> float:
         now = time.perf_counter()
-        seconds = (now - self._time) / (step - self._step)
+        seconds = (now - self._time) / max(step - self._step, 1)
         self._step, self._time = step, now
         return seconds
 

@@ -74,7 +74,7 @@ def in_diffusers(model: UNet, params, in_channels: int, context_dim: int | None,
 VARIANTS = {
     "lowest_level": dict(channel_multipliers=(1, 2), num_res_blocks=1, attention_levels=(1,)),
     "three_levels": dict(
-        channel_multipliers=(1, 3, 2), num_res_blocks=1, attention_levels=(0, 2), head_dim=16
+        channel_multipliers=(1, 3, 2), num_res_blocks=1, attention_levels=(0,), head_dim=16
     ),
     "no_context": dict(
         channel_multipliers=(1, 2), num_res_blocks=2, attention_levels=(), transformer_depth=2
@@ -145,7 +145,7 @@ def test_a_residual_block_starts_as_its_shortcut(channels):
 
 
 def test_rows_depend_on_their_own_latents_timestep_and_context_only(random_params):
-    model = UNet(**SMALL, channel_multipliers=(1, 2), num_res_blocks=1, attention_levels=(1,))
+    model = UNet(**SMALL, channel_multipliers=(1,), num_res_blocks=1, attention_levels=(0,))
     z_t, t, context = normal(7, 2, 4, 4, 3), np.array([10, 700]), normal(8, 2, 5, 12)
     params = random_params(model, z_t, t, context)
     run = jax.jit(lambda z_t, t, context: model.apply({"params": params}, z_t, t, context))
@@ -166,7 +166,7 @@ def test_rows_depend_on_their_own_latents_timestep_and_context_only(random_param
 
 
 def test_half_precision_is_close_and_keeps_parameters_and_outputs_in_float32(random_params):
-    fields = SMALL | VARIANTS["lowest_level"]
+    fields = SMALL | dict(channel_multipliers=(1,), num_res_blocks=1, attention_levels=())
     full, half = UNet(**fields), UNet(**fields, dtype=jnp.bfloat16)
     arguments = normal(9, 2, 4, 4, 3), np.array([10, 700]), normal(10, 2, 5, 12)
     params = random_params(half, *arguments)
