@@ -29,7 +29,6 @@ from latent_diffusion_jax.models.unet import UNet
 from latent_diffusion_jax.runtime import checkpoints, sharding
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.training import autoencoder_stage, diffusion_stage
-from latent_diffusion_jax.training.autoencoder_stage import Perceptual
 from latent_diffusion_jax.training.optimizer import make_optimizer
 from latent_diffusion_jax.training.state import Stage
 from latent_diffusion_jax.weights import lpips as lpips_weights
@@ -63,6 +62,14 @@ def check_config(config: ConfigDict) -> None:
             f"data.image_size={size} must be a multiple of {factor * 2 ** (levels - 1)}: the "
             f"autoencoder divides it by {factor}, the UNet by {2 ** (levels - 1)} more"
         )
+    patches = size // 2**config.first_stage.discriminator.num_layers - 2
+    if patches < 1:
+        raise UserError(
+            f"data.image_size={size} is too small for a discriminator of "
+            f"first_stage.discriminator.num_layers={config.first_stage.discriminator.num_layers}"
+        )
+    if config.first_stage.autoencoder.image_channels != 3:
+        raise UserError("first_stage.autoencoder.image_channels must be 3: images are read as RGB")
     for name, section in (("first_stage.autoencoder", config.first_stage.autoencoder),
                           ("unet", config.unet)):  # fmt: skip
         widths = [section.channels * multiplier for multiplier in section.channel_multipliers]
@@ -119,19 +126,24 @@ def autoencoder(config: ConfigDict) -> AutoencoderKL:
     return AutoencoderKL(**network_fields(config.first_stage.autoencoder))
 
 
-def perceptual_distance(weights: str) -> Perceptual | None:
-    """LPIPS with weights from a file; None, and a log line, where none are given."""
+def perceptual_params(config: ConfigDict) -> Any:
+    """Parameters of LPIPS from the config's file; None, and a log line, where it names none."""
+    weights = config.first_stage.loss.lpips_weights
     if not weights:
         logging.info(
             "perceptual loss: off, no LPIPS weights given (first_stage.loss.lpips_weights)"
         )
         return None
-    params = lpips_weights.load(weights)
-    return lambda x, y: LPIPS().apply({"params": params}, x, y)
+    return lpips_weights.load(weights)
+
+
+def perceptual_distance(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    """LPIPS of two batches of images: [B]."""
+    return LPIPS().apply({"params": params}, x, y)
 
 
 def first_stage(config: ConfigDict) -> Stage:
-    """The autoencoder's training stage."""
+    """The autoencoder's training stage; `State.frozen` is what `perceptual_params` gives."""
     section = config.first_stage
     num_steps = section.num_steps
     size = config.data.image_size
@@ -146,7 +158,7 @@ def first_stage(config: ConfigDict) -> Stage:
         },
         (size, size, section.autoencoder.image_channels),
         kl_weight=section.loss.kl_weight,
-        perceptual=perceptual_distance(section.loss.lpips_weights),
+        perceptual=perceptual_distance if section.loss.lpips_weights else None,
         perceptual_weight=section.loss.perceptual_weight,
         disc_start=section.loss.disc_start,
         disc_weight=section.loss.disc_weight,

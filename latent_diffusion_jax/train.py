@@ -27,7 +27,7 @@ from latent_diffusion_jax.runtime import checkpoints, loggers, sharding
 from latent_diffusion_jax.runtime.commands import StopRequest, flatten, run
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.training import loop
-from latent_diffusion_jax.training.state import Stage, State, to_float
+from latent_diffusion_jax.training.state import State, to_float
 
 FLAGS = flags.FLAGS
 
@@ -69,8 +69,7 @@ def train(
     num_steps = {"first_stage": config.first_stage.num_steps, "diffusion": config.num_steps}
     last = {name: checkpoints.latest_step(workdir / name) or 0 for name in config.stages}
     unfinished = [name for name in config.stages if last[name] < num_steps[name]]
-    # Reads the weights of the perceptual loss, where there are any: they may be damaged.
-    first_stage = build.first_stage(config) if "first_stage" in unfinished else None
+    perceptual = build.perceptual_params(config) if "first_stage" in unfinished else None
     train_source, test_source = build.data_sources(config)
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
@@ -94,8 +93,8 @@ def train(
     for name in config.stages:
         if name not in unfinished:
             logging.info("%s: complete at step %d, nothing to do", name, last[name])
-        elif first_stage is not None and name == "first_stage":
-            if not train_first_stage(shared, config, first_stage):
+        elif name == "first_stage":
+            if not train_first_stage(shared, config, perceptual):
                 return False
         elif not train_diffusion(shared, config):
             return False
@@ -143,8 +142,11 @@ def log_summary(shared: loop.Run, config: ConfigDict) -> None:
     )
 
 
-def train_first_stage(shared: loop.Run, config: ConfigDict, stage: Stage) -> bool:
-    """Trains the autoencoder, then measures the scale of its latents."""
+def train_first_stage(shared: loop.Run, config: ConfigDict, perceptual: Any) -> bool:
+    """Trains the autoencoder, then measures the scale of its latents.
+
+    `perceptual` is what `build.perceptual_params` gave.
+    """
     section, network = config.first_stage, build.autoencoder(config)
     prepare = build.example_maker(config, None)
 
@@ -173,10 +175,11 @@ def train_first_stage(shared: loop.Run, config: ConfigDict, stage: Stage) -> boo
     return loop.train_stage(
         shared,
         "first_stage",
-        stage,
+        build.first_stage(config),
         prepare,
         batch_size=section.batch_size,
         num_steps=section.num_steps,
+        frozen=jax.device_put(perceptual, sharding.replicated(shared.mesh)),
         at_end=measure_scale,
     )
 

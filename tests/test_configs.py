@@ -139,6 +139,7 @@ def changed(key: str, value) -> ConfigDict:
             ["first_stage.autoencoder.num_groups=32", "[16, 32, 32]"],
         ),
         ("unet.head_dim", 24, ["unet.head_dim=24"]),
+        ("unet.head_dim", 64, ["unet.head_dim=64"]),  # divides one of the two widths
         ("sample.sampler", "eular", ["'eular'", "ddim", "ddpm"]),
         ("num_steps", 0, ["num_steps=0", "at least 1"]),
         ("first_stage.num_steps", 0, ["first_stage.num_steps=0", "at least 1"]),

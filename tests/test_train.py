@@ -185,3 +185,31 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, data_dir, number):
     assert step is not None and f"stopped and saved at step {step} of" in errors
     position = checkpoints.read_json(workdir / "first_stage", step, "data")
     assert position == {"next_index": step}
+
+
+def test_lpips_weights_turn_the_perceptual_loss_on(smoke_config, tmp_path):
+    from safetensors.numpy import save_file
+
+    from latent_diffusion_jax.models.lpips import VGG_BLOCKS
+
+    rng, tensors, index, channels = np.random.default_rng(0), {}, 0, 3
+    for block, widths in enumerate(VGG_BLOCKS):
+        for width in widths:
+            kernel = rng.normal(size=(width, channels, 3, 3)) * (2 / (9 * channels)) ** 0.5
+            tensors[f"features.{index}.weight"] = kernel.astype(np.float32)
+            tensors[f"features.{index}.bias"] = np.zeros(width, np.float32)
+            index, channels = index + 2, width
+        index += 1
+        tensors[f"lin{block}.model.1.weight"] = np.ones((1, channels, 1, 1), np.float32)
+    save_file(tensors, tmp_path / "lpips.safetensors")
+
+    smoke_config.stages = ("first_stage",)
+    smoke_config.first_stage.num_steps = 2
+    smoke_config.first_stage.loss.lpips_weights = str(tmp_path / "lpips.safetensors")
+    assert train(smoke_config, tmp_path / "run")
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").open())
+    row = next(row for row in rows if "train/rec_loss" in row)
+    # The sum over 32 * 32 * 3 values of |difference| + distance.
+    assert row["train/rec_loss"] > 1.05 * 3072 * row["train/l1"]
+    state = final_state(tmp_path / "run", "first_stage")
+    assert not any("vgg" in name for name in state), "frozen weights are in the checkpoint"

@@ -4,7 +4,9 @@ A source is a random-access sequence of records `{"image": encoded bytes, "capti
 "label": int or None, "name": what to call it in messages}`, with `label_names` beside it.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import pathlib
 from collections.abc import Sequence
@@ -67,7 +69,8 @@ def _open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     if name.split(":")[0] == "handwritten_digits":
         builder = digits.HandwrittenDigits(data_dir=data_dir, file_format="array_record")
         tfds.disable_progress_bar()
-        builder.download_and_prepare()
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of a download; there is none
+            builder.download_and_prepare()
         return builder
     root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     path, _, version = name.partition(":")

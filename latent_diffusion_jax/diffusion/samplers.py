@@ -50,19 +50,20 @@ def ddim(
     sigma = np.sqrt((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next))
     steps = (
         jnp.asarray(timesteps, jnp.int32),
-        jnp.asarray(alpha_bar_next, jnp.float32),
+        jnp.asarray(np.sqrt(alpha_bar_next), jnp.float32),
+        jnp.asarray(1 - alpha_bar_next, jnp.float32),
         jnp.asarray(sigma, jnp.float32),
         jnp.arange(len(timesteps)),
     )
 
     def step(z_t: jax.Array, inputs) -> tuple[jax.Array, None]:
-        t, alpha_bar_next, sigma, i = inputs
+        t, alpha_next, variance_next, sigma, i = inputs
         t = jnp.full(z_t.shape[0], t)
         z_0, epsilon = prediction_from_epsilon(schedule, z_t, predict_epsilon(z_t, t), t)
         sigma = eta * sigma
         noise = normal_per_key(jax.vmap(jax.random.fold_in, (0, None))(keys, i), z_t.shape[1:])
-        direction = jnp.sqrt(jnp.maximum(1 - alpha_bar_next - sigma**2, 0.0)) * epsilon
-        return jnp.sqrt(alpha_bar_next) * z_0 + direction + sigma * noise, None
+        direction = jnp.sqrt(jnp.maximum(variance_next - sigma**2, 0.0)) * epsilon
+        return alpha_next * z_0 + direction + sigma * noise, None
 
     return jax.lax.scan(step, z_T.astype(jnp.float32), steps)[0]
 

@@ -18,7 +18,7 @@ from latent_diffusion_jax.training.autoencoder_losses import (
 )
 from latent_diffusion_jax.training.state import Stage, State, sample_keys, to_float
 
-Perceptual = Callable[[jax.Array, jax.Array], jax.Array]
+Perceptual = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 def make_stage(
@@ -41,7 +41,8 @@ def make_stage(
       optimizers: by the keys `autoencoder` and `discriminator`.
       image_shape: (H, W, C).
       kl_weight: weight of the KL term (summed over a latent), 1e-6 in the paper.
-      perceptual: (images, reconstructions) -> distance [B], or None to go without.
+      perceptual: (parameters, images, reconstructions) -> distance [B], or None to go without.
+        Its parameters are `State.frozen`.
       perceptual_weight: its weight.
       disc_start: the step from which the adversarial term counts; before it neither network
         sees it and the discriminator is not trained.
@@ -76,7 +77,7 @@ def make_stage(
         def reconstruct(reconstructions: jax.Array) -> jax.Array:
             distance = None
             if perceptual is not None:
-                distance = perceptual_weight * perceptual(images, reconstructions)
+                distance = perceptual_weight * perceptual(state.frozen, images, reconstructions)
             return reconstruction_loss(images, reconstructions, distance)
 
         # One forward and one backward pass through the autoencoder: each loss is differentiated
@@ -126,7 +127,7 @@ def make_stage(
             "d_loss": d_loss,
             "d_weight": d_weight,
         }
-        return State(step=state.step + 1, params=params, ema=None, opt=opt), metrics
+        return State(state.step + 1, params, None, opt, state.frozen), metrics
 
     def reconstruct_mode(state: State, images: jax.Array) -> jax.Array:
         noise = jnp.zeros((images.shape[0], *latent_shape))

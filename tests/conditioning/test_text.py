@@ -11,7 +11,7 @@ RECORD = {"captions": CAPTIONS, "image": None}
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tokenizers.train(CAPTIONS, vocab_size=100, max_length=6)
+    return tokenizers.train(CAPTIONS, vocab_size=300, max_length=6)
 
 
 def which(tokenizer, tokens) -> int:

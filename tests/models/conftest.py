@@ -11,6 +11,8 @@ import torch
 
 from latent_diffusion_jax.runtime.trees import flatten_names, path_name
 
+torch.set_num_threads(1)  # tensors here are so small that more threads only wait for each other
+
 
 def draw_params(module: Any, *arguments: Any, seed: int = 0) -> Any:
     """Parameters of a Flax module, every leaf random: zero-initialised ones and norms' too."""

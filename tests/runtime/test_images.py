@@ -146,9 +146,10 @@ def test_nothing_happens_at_the_right_size():
 
 
 def test_centre_crop_without_resizing():
-    pixels = noise(16, 26)
-    found = images.resize_and_crop(Image.fromarray(pixels), 16)
-    np.testing.assert_array_equal(found, pixels[:, 5:21])
+    for width in (26, 27):  # the odd pixel is cut off at the end
+        pixels = noise(16, width)
+        found = images.resize_and_crop(Image.fromarray(pixels), 16)
+        np.testing.assert_array_equal(found, pixels[:, 5:21])
     tall = images.resize_and_crop(Image.fromarray(pixels.transpose(1, 0, 2)), 16)
     np.testing.assert_array_equal(tall, pixels.transpose(1, 0, 2)[5:21])
 

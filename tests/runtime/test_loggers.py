@@ -1,9 +1,11 @@
 """Writers: rows in metrics.jsonl, tags in TensorBoard's files, and what a restart drops."""
 
+import io
 import json
 import logging as python_logging
 import pathlib
 import struct
+import sys
 import time
 
 import numpy as np
@@ -212,7 +214,9 @@ def absl_handler():
     """absl's handler, put back as it was after the test."""
     handler = logging.get_absl_handler()
     before = handler.filters[:], handler.python_handler.formatter, logging.get_verbosity()
+    stream = handler.python_handler.stream
     yield handler
+    handler.python_handler.setStream(stream)
     handler.filters[:] = before[0]
     handler.setFormatter(before[1])
     logging.set_verbosity(before[2])
@@ -232,6 +236,15 @@ def test_logging_shows_our_lines_and_others_warnings(absl_handler):
              for level in (python_logging.INFO, python_logging.WARNING)]  # fmt: skip
     assert shown == [True, True, False, True]
     assert logging.get_verbosity() == logging.INFO
+
+
+def test_log_lines_go_to_the_stderr_of_their_time(absl_handler, monkeypatch):
+    # A progress bar on show replaces stderr, to keep the lines above it.
+    loggers.set_up_logging()
+    for text in ("first %s", "second %s"):
+        monkeypatch.setattr("sys.stderr", io.StringIO())
+        absl_handler.handle(record(python_logging.WARNING, text, __file__))
+        assert sys.stderr.getvalue().endswith(f"warning: {text % 'x'}\n")
 
 
 def test_log_lines_name_warnings(absl_handler):

@@ -39,13 +39,13 @@ def batch():
     return {"image": rng.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)}
 
 
-def perceptual_toy(x, y):
-    return jnp.mean(jnp.square(x.mean(-1) - y.mean(-1)), axis=(1, 2))
+def perceptual_toy(params, x, y):
+    return params * jnp.mean(jnp.square(x.mean(-1) - y.mean(-1)), axis=(1, 2))
 
 
 def test_both_updates_are_the_gradients_of_the_losses_written_out(batch):
     stage = make_stage(perceptual=perceptual_toy)
-    state = jax.jit(stage.init)(jax.random.key(0))
+    state = jax.jit(stage.init)(jax.random.key(0)).replace(frozen=jnp.float32(2.0))
     new, metrics = jax.jit(stage.train_step)(state, batch, KEY)
 
     images = to_float(batch["image"])
@@ -61,7 +61,7 @@ def test_both_updates_are_the_gradients_of_the_losses_written_out(batch):
 
     def nll(params):
         fake = forward(params)[0]
-        distance = 0.5 * perceptual_toy(images, fake)
+        distance = 0.5 * perceptual_toy(2.0, images, fake)
         return (jnp.abs(images - fake) + distance[:, None, None, None]).sum() / 4
 
     def adversarial(params):
