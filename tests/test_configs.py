@@ -132,6 +132,9 @@ def changed(key: str, value) -> ConfigDict:
         ("stages", ("diffusion", "first_stage"), ["('first_stage', 'diffusion')"]),
         ("data.image_size", 36, ["data.image_size=36", "multiple of 8", "4", "2"]),
         ("data.image_size", 30, ["data.image_size=30", "multiple of 8"]),
+        ("data.image_size", 8, ["data.image_size=8", "first_stage.discriminator.num_layers=2"]),
+        ("first_stage.discriminator.num_layers", 4, ["first_stage.discriminator.num_layers=4"]),
+        ("first_stage.autoencoder.image_channels", 1, ["first_stage.autoencoder.image_channels"]),
         ("unet.num_groups", 5, ["unet.num_groups=5", "[32, 64]"]),
         (
             "first_stage.autoencoder.num_groups",
@@ -154,7 +157,7 @@ def test_wrong_values_are_named(key, value, said):
         assert part in str(raised.value)
 
 
-@pytest.mark.parametrize("image_size", [8, 32, 64, 256])
+@pytest.mark.parametrize("image_size", [16, 32, 64, 256])
 def test_right_image_sizes(image_size):
     build.check_config(changed("data.image_size", image_size))
 

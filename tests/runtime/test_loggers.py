@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from absl import logging
+from absl import flags, logging
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import latent_diffusion_jax
@@ -214,9 +214,12 @@ def absl_handler():
     """absl's handler, put back as it was after the test."""
     handler = logging.get_absl_handler()
     before = handler.filters[:], handler.python_handler.formatter, logging.get_verbosity()
-    stream = handler.python_handler.stream
+    stream, parsed = handler.python_handler.stream, flags.FLAGS.is_parsed()
+    flags.FLAGS.mark_as_parsed()  # before, absl writes to stderr in a way of its own
     yield handler
     handler.python_handler.setStream(stream)
+    if not parsed:
+        flags.FLAGS.unparse_flags()
     handler.filters[:] = before[0]
     handler.setFormatter(before[1])
     logging.set_verbosity(before[2])
