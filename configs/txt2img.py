@@ -6,7 +6,7 @@ Variants, as in --config=configs/txt2img.py:VARIANT
   digits  (default) handwritten digits, 32x32, the model in miniature. Ten minutes on 2 CPU cores;
           PSNR 30 dB or more, 95 % or more of the samples read as the digit in the prompt.
   smoke   the same in seconds, to see that everything runs; draws nothing that can be read.
-  paper   256x256, the text-to-image model of the paper (LDM-KL-8, 1.45 billion parameters; tables
+  paper   256x256, the text-to-image model of the paper (LDM-KL-8, 1.5 billion parameters; tables
           15 and 17), for your own images on accelerators: add --config.data.name=FOLDER.
 """
 

@@ -18,7 +18,6 @@ from latent_diffusion_jax.conditioning.tokenizers import encode
 from latent_diffusion_jax.conditioning.tokenizers import max_length as token_length
 from latent_diffusion_jax.data import pipeline
 from latent_diffusion_jax.data.sources import open_source
-from latent_diffusion_jax.diffusion.samplers import SAMPLERS
 from latent_diffusion_jax.diffusion.schedules import make_schedule
 from latent_diffusion_jax.ldm import LatentDiffusion
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL
@@ -33,7 +32,6 @@ from latent_diffusion_jax.training.optimizer import make_optimizer
 from latent_diffusion_jax.training.state import Stage
 from latent_diffusion_jax.weights import lpips as lpips_weights
 
-STAGES = ("first_stage", "diffusion")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -45,47 +43,6 @@ def network_fields(section: ConfigDict) -> dict[str, Any]:
             raise UserError(f"unknown dtype {fields['dtype']!r}; known: {', '.join(DTYPES)}")
         fields["dtype"] = DTYPES[fields["dtype"]]
     return fields
-
-
-def check_config(config: ConfigDict) -> None:
-    """Raises UserError for values that could not work, before anything is built from them."""
-    unknown = [name for name in config.stages if name not in STAGES]
-    if unknown or not config.stages:
-        raise UserError(f"stages={tuple(config.stages)}; known stages: {', '.join(STAGES)}")
-    ordered = [name for name in STAGES if name in config.stages]
-    if list(config.stages) != ordered:
-        raise UserError(f"stages={tuple(config.stages)} must be in the order {tuple(ordered)}")
-    factor = autoencoder(config).downsampling_factor
-    size, levels = config.data.image_size, len(config.unet.channel_multipliers)
-    if size % factor or (size // factor) % 2 ** (levels - 1):
-        raise UserError(
-            f"data.image_size={size} must be a multiple of {factor * 2 ** (levels - 1)}: the "
-            f"autoencoder divides it by {factor}, the UNet by {2 ** (levels - 1)} more"
-        )
-    patches = size // 2**config.first_stage.discriminator.num_layers - 2
-    if patches < 1:
-        raise UserError(
-            f"data.image_size={size} is too small for a discriminator of "
-            f"first_stage.discriminator.num_layers={config.first_stage.discriminator.num_layers}"
-        )
-    if config.first_stage.autoencoder.image_channels != 3:
-        raise UserError("first_stage.autoencoder.image_channels must be 3: images are read as RGB")
-    for name, section in (("first_stage.autoencoder", config.first_stage.autoencoder),
-                          ("unet", config.unet)):  # fmt: skip
-        widths = [section.channels * multiplier for multiplier in section.channel_multipliers]
-        if any(width % section.num_groups for width in widths):
-            raise UserError(f"{name}.num_groups={section.num_groups} must divide {widths}")
-    if any(width % config.unet.head_dim for width in
-           (config.unet.channels * config.unet.channel_multipliers[i]
-            for i in (*config.unet.attention_levels, -1))):  # fmt: skip
-        raise UserError(f"unet.head_dim={config.unet.head_dim} must divide the attended widths")
-    if config.sample.sampler not in SAMPLERS:
-        known = ", ".join(SAMPLERS)
-        raise UserError(f"unknown sampler {config.sample.sampler!r}; known: {known}")
-    for key, steps in (("num_steps", config.num_steps),
-                       ("first_stage.num_steps", config.first_stage.num_steps)):  # fmt: skip
-        if steps < 1:
-            raise UserError(f"{key}={steps} must be at least 1")
 
 
 def data_sources(config: ConfigDict) -> tuple[pipeline.DecodedSource, pipeline.DecodedSource]:

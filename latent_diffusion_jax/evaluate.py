@@ -93,9 +93,12 @@ def evaluate(
     if classes:
         if num_samples % len(classes):
             raise UserError(f"--num_samples={num_samples} must be a multiple of {len(classes)}")
-        prompts, labels = balanced_prompts(
-            test_captions, test_labels, len(classes), num_samples // len(classes)
-        )
+        try:
+            prompts, labels = balanced_prompts(
+                test_captions, test_labels, len(classes), num_samples // len(classes)
+            )
+        except ValueError as error:
+            raise UserError(f"held-out split of {pipe.config.data.name!r}: {error}") from error
     else:
         prompts = [test_captions[i % len(test_captions)][0] for i in range(num_samples)]
     samples = pipe(prompts, seed=seed, **sampling)

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 
 from latent_diffusion_jax import build
 from latent_diffusion_jax.conditioning import tokenizers as captions
+from latent_diffusion_jax.config_checks import check_config
 from latent_diffusion_jax.runtime import checkpoints, loggers, sharding
 from latent_diffusion_jax.runtime.commands import StopRequest, flatten, run
 from latent_diffusion_jax.runtime.errors import UserError
@@ -60,7 +61,7 @@ def train(
         first step; or training itself fails for a reason that can be put right.
     """
     workdir = pathlib.Path(workdir).expanduser().absolute()
-    build.check_config(config)
+    check_config(config)
     mesh = sharding.make_mesh(dict(config.mesh))
     for key in ("batch_size", "first_stage.batch_size"):
         sharding.check_batch_size(flatten(config)[key], mesh, key)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from latent_diffusion_jax import build
+from latent_diffusion_jax import build, config_checks
 from latent_diffusion_jax.conditioning import tokenizers
 from latent_diffusion_jax.runtime import trees
 from latent_diffusion_jax.runtime.commands import flatten
@@ -47,7 +47,7 @@ def test_there_are_configs():
 
 @every_variant
 def test_variant_is_valid(name, variant):
-    build.check_config(MODULES[name].get_config(variant))
+    config_checks.check_config(MODULES[name].get_config(variant))
 
 
 @every_variant
@@ -67,7 +67,7 @@ def test_config_from_json_builds_the_same(parameters, name, variant):
     # Checkpoints keep the config as JSON, which has lists and no tuples.
     config = MODULES[name].get_config(variant)
     copy = ConfigDict(json.loads(config.to_json()))
-    build.check_config(copy)
+    config_checks.check_config(copy)
     assert flatten(copy).keys() == flatten(config).keys()
     if variant != "paper":  # the same code, in a fraction of the time
         assert shapes_of(copy) == parameters[name, variant]
@@ -151,7 +151,7 @@ def changed(key: str, value) -> ConfigDict:
 )
 def test_wrong_values_are_named(key, value, said):
     with pytest.raises(UserError) as raised:
-        build.check_config(changed(key, value))
+        config_checks.check_config(changed(key, value))
     assert "\n" not in str(raised.value)
     for part in said:
         assert part in str(raised.value)
@@ -159,12 +159,12 @@ def test_wrong_values_are_named(key, value, said):
 
 @pytest.mark.parametrize("image_size", [16, 32, 64, 256])
 def test_right_image_sizes(image_size):
-    build.check_config(changed("data.image_size", image_size))
+    config_checks.check_config(changed("data.image_size", image_size))
 
 
 @pytest.mark.parametrize("stages", [("first_stage",), ("diffusion",)])
 def test_a_single_stage(stages):
-    build.check_config(changed("stages", stages))
+    config_checks.check_config(changed("stages", stages))
 
 
 @pytest.mark.parametrize(
@@ -192,4 +192,4 @@ def test_a_single_stage(stages):
 )
 def test_values_that_break_a_run_later_are_found_first(key, value):
     with pytest.raises(UserError, match=key.split(".")[-1]):
-        build.check_config(changed(key, value))
+        config_checks.check_config(changed(key, value))

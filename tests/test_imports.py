@@ -18,7 +18,7 @@ LAYERS = (
     ("ldm", "evaluation"),
     ("training",),
     ("build",),
-    ("pipelines",),
+    ("config_checks", "pipelines"),
     ("train", "sample", "evaluate"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -54,7 +54,8 @@ def load(text: str) -> tokenizers.Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"damaged tokenizer.json: {error}") from error
-    if not tokenizer.padding or not tokenizer.padding.get("length") or not tokenizer.truncation:
+    padding, truncation = tokenizer.padding or {}, tokenizer.truncation or {}
+    if not padding.get("length") or padding["length"] != truncation.get("max_length"):
         raise UserError("tokenizer.json does not pad and cut to a fixed length")
     return tokenizer
 

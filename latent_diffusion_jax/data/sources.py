@@ -19,7 +19,6 @@ from latent_diffusion_jax.runtime.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CAPTION_COLUMNS = ("file_name", "text")
-SPLIT_ALIASES = {"test": ("test", "validation", "valid", "val")}
 
 
 class Source(Protocol):
@@ -57,6 +56,14 @@ def open_source(
     Raises:
       UserError: nothing is there, a feature or split is missing, or a caption file is damaged.
     """
+    if not name:
+        raise UserError("data.name is empty; give a folder or the name of a TFDS dataset")
+    try:
+        caption_template.format("")
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"data.caption_template={caption_template!r} must have one {{}}: {error!r}"
+        ) from error
     if pathlib.Path(name).expanduser().is_dir():
         return FolderSource(pathlib.Path(name).expanduser(), split, holdout_share, caption_template)
     if name.startswith((".", "/", "~")):
@@ -66,7 +73,7 @@ def open_source(
 
 def _open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     """A builder whose data is prepared in a format with random access."""
-    if name.split(":")[0] == "handwritten_digits":
+    if name == "handwritten_digits":
         builder = digits.HandwrittenDigits(data_dir=data_dir, file_format="array_record")
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of a download; there is none
@@ -75,7 +82,8 @@ def _open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     path, _, version = name.partition(":")
     # From its files alone: needs neither the dataset's code nor what that imports.
-    folders = sorted(info.parent for info in (root / path).glob("**/dataset_info.json"))
+    folders = [info.parent for info in (root / path).glob("**/dataset_info.json")]
+    folders.sort(key=lambda folder: (str(folder.parent), tfds.core.Version(folder.name)))
     if version:
         folders = [folder for folder in folders if folder.name == version]
     if not folders:
@@ -155,11 +163,7 @@ class FolderSource:
     def __init__(self, folder: pathlib.Path, split: str, holdout_share: float, template: str):
         if split not in ("train", "test"):
             raise UserError(f"a data folder has the splits train and test, not {split!r}")
-        subfolders = [folder / name for name in SPLIT_ALIASES.get(split, (split,))]
-        subfolder = next((path for path in subfolders if path.is_dir()), None)
-        pairs = _captions(subfolder or folder)
-        if not subfolder:
-            pairs = _split_by_hash(pairs, folder, split, holdout_share)
+        pairs = _split(folder, split, holdout_share)
         if not pairs:
             raise UserError(
                 f"data folder {folder} has no captioned images for split {split!r}: expected "
@@ -212,7 +216,11 @@ def _captions(folder: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
 def _read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
     """Rows of a `metadata.jsonl`, checked."""
     root, pairs = table.parent.resolve(), []
-    for number, line in enumerate(table.read_text("utf-8", errors="replace").splitlines(), 1):
+    try:
+        lines = table.read_text("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{table} is not UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{table}, line {number}"
@@ -231,25 +239,39 @@ def _read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
         if not texts or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{where}: text must be a string or a list of strings")
         path = table.parent / str(row["file_name"])
-        if not path.resolve().is_relative_to(root):
+        try:
+            inside, exists = path.resolve().is_relative_to(root), path.is_file()
+        except (OSError, ValueError):  # too long a name, or one with a zero byte
+            inside, exists = True, False
+        if not inside:
             raise UserError(f"{where}: file_name {row['file_name']!r} leads out of {table.parent}")
-        if not path.is_file():
+        if not exists:
             raise UserError(f"{where}: image {row['file_name']!r} does not exist in {table.parent}")
         pairs.append((path, texts))
     return pairs
 
 
-def _split_by_hash(
-    pairs: list[tuple[pathlib.Path, list[str]]],
-    folder: pathlib.Path,
-    split: str,
-    holdout_share: float,
+def _split(
+    folder: pathlib.Path, split: str, holdout_share: float
 ) -> list[tuple[pathlib.Path, list[str]]]:
-    """Keeps a share for `test`, chosen by file name, so that adding images moves none."""
+    """The images of a split: a subfolder's, or a share by file name where there is none for it."""
+    train, test = (
+        next((folder / name for name in names if (folder / name).is_dir()), None)
+        for names in (("train",), ("test", "validation", "valid", "val"))
+    )
+    if test is not None:
+        if split == "test":
+            return _captions(test)
+        if train is not None:
+            return _captions(train)
+        return [pair for pair in _captions(folder) if not pair[0].is_relative_to(test)]
+    root = train or folder
+    pairs = _captions(root)
 
     def is_test(path: pathlib.Path) -> bool:
-        digest = hashlib.sha256(path.relative_to(folder).as_posix().encode()).digest()
+        digest = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
         return int.from_bytes(digest[:8], "big") < holdout_share * 2**64
 
+    # By name, so that adding images moves none; a folder too small for its share gives its first.
     held_out = {path for path, _ in pairs if is_test(path)} or {path for path, _ in pairs[:1]}
     return [pair for pair in pairs if (pair[0] in held_out) == (split == "test")]

@@ -1,7 +1,9 @@
 """Precision and recall of a set of samples (Kynkaanniemi et al., 2019)."""
 
 import numpy as np
-from sklearn.neighbors import NearestNeighbors
+from scipy.spatial.distance import cdist
+
+BLOCK = 512  # rows whose distances are in memory at once
 
 
 def coverage(points: np.ndarray, references: np.ndarray, k: int) -> float:
@@ -14,14 +16,15 @@ def coverage(points: np.ndarray, references: np.ndarray, k: int) -> float:
     """
     if len(references) <= k:
         raise ValueError(f"{len(references)} references are too few for k={k}")
-    neighbours = NearestNeighbors(n_neighbors=k).fit(references)
-    radii = neighbours.kneighbors()[0][:, -1]  # without the reference itself
-    # A point may lie in a far reference's large ball, so all pairs count, in blocks of memory.
-    covered = 0
-    norms = np.einsum("ij,ij->i", references, references)
-    for block in np.array_split(points, max(1, len(points) // 512)):
-        squared = np.einsum("ij,ij->i", block, block)[:, None] + norms - 2 * block @ references.T
-        covered += int((squared <= np.square(radii)).any(axis=1).sum())
+
+    def blocks(x: np.ndarray) -> list[np.ndarray]:
+        return [x[i : i + BLOCK] for i in range(0, len(x), BLOCK)]
+
+    # The nearest one of each is itself, at distance 0.
+    radii = np.concatenate(
+        [np.partition(cdist(block, references), k, axis=1)[:, k] for block in blocks(references)]
+    )
+    covered = sum(int((cdist(block, references) <= radii).any(1).sum()) for block in blocks(points))
     return covered / len(points)
 
 

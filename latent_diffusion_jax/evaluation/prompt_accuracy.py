@@ -43,11 +43,16 @@ def balanced_prompts(
 
     Returns:
       Prompts and their labels, [num_classes * per_class] each.
+
+    Raises:
+      ValueError: a label has no example.
     """
     prompts: list[str] = []
     for label in range(num_classes):
         wordings = list(
             dict.fromkeys(c for i in np.flatnonzero(labels == label) for c in captions[i])
         )
+        if not wordings:
+            raise ValueError(f"label {label} has no example to take a prompt from")
         prompts += [wordings[i % len(wordings)] for i in range(per_class)]
     return prompts, np.repeat(np.arange(num_classes), per_class)

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.trees import flatten_names
 
 JSON_ITEMS = ("data", "config", "info", "tokenizer")
 
@@ -53,8 +54,6 @@ def latest_step(directory: pathlib.Path) -> int | None:
 
 def save(manager: Any, step: int, state: Any, items: dict[str, Any]) -> None:
     """Starts an asynchronous save of a state and of JSON items; a step already saved is kept."""
-    if step in manager.all_steps():
-        return
     args = {name: ocp.args.JsonSave(value) for name, value in items.items() if value is not None}
     manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), **args))
 
@@ -85,9 +84,19 @@ def restore_part(directory: pathlib.Path, step: int, shapes: dict[str, Any]) -> 
             args = ocp.args.PyTreeRestore(
                 item=shapes, restore_args=restore_args, partial_restore=True
             )
-            return manager.restore(step, args=ocp.args.Composite(state=args)).state
+            part = manager.restore(step, args=ocp.args.Composite(state=args)).state
         except Exception as error:
             raise UserError(_damaged(manager, step, error)) from error
+    # Orbax leaves what it does not find as it was asked for.
+    missing = [
+        name for name, leaf in flatten_names(part).items() if not isinstance(leaf, jax.Array)
+    ]
+    if missing or not part:
+        raise UserError(
+            f"cannot restore checkpoint {directory}/{step}: it lacks {len(missing)} arrays, "
+            f"the first is {missing[0] if missing else list(shapes)}"
+        )
+    return part
 
 
 def read_json(directory: pathlib.Path, step: int, item: str) -> Any:

@@ -24,9 +24,14 @@ def run(main: Callable[[], None]) -> None:
         main()
 
     def parse(argv: Sequence[str]) -> list[str]:
+        file = _config_file(argv)
+        if file is not None and not pathlib.Path(file.partition(":")[0]).is_file():
+            raise UserError(f"config file {file.partition(':')[0]} does not exist")
         try:
             return flags.FLAGS(list(argv), known_only=False)
         except flags.Error as error:
+            if "\n" in str(error).strip():  # a traceback from inside the config file
+                raise UserError(_config_error(argv, error)) from error
             raise UserError(str(error)) from error
         except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             raise UserError(_config_error(argv, error)) from error
@@ -50,14 +55,21 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _config_file(argv: Sequence[str]) -> str | None:
+    """The value of --config, given as --config=FILE or --config FILE."""
+    for arg, following in zip(argv, [*argv[1:], None], strict=True):
+        name, separator, value = arg.partition("=")
+        if name in ("--config", "-config"):
+            return value if separator else following
+    return None
+
+
 def _config_error(argv: Sequence[str], error: Exception) -> str:
     """Why the config flags could not be parsed; names the nearest key for an unknown one."""
-    file = next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")), None)
+    file = _config_file(argv)
     if file is None:
         return f"give --config=FILE before its overrides ({error})"
     path, _, variant = file.partition(":")
-    if not pathlib.Path(path).is_file():
-        return f"config file {path} does not exist"
     try:
         spec = importlib.util.spec_from_file_location("config_file", path)
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]

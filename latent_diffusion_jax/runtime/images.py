@@ -21,6 +21,9 @@ def decode(data: bytes) -> Image.Image:
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
         raise ValueError(str(error) or type(error).__name__) from error
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips at 255
+        levels = np.clip(np.asarray(image, np.int64), 0, 65535) / 257.0
+        image = Image.fromarray(np.round(levels).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

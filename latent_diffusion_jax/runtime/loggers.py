@@ -92,13 +92,13 @@ def _drop_rows(path: pathlib.Path, stage: str, start_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text("utf-8").splitlines(keepends=True):
+    for line in path.read_text("utf-8").split("\n"):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:  # cut off by a kill
             continue
         if row["stage"] != stage or row["step"] <= start_step:
-            kept.append(line)
+            kept.append(line + "\n")
     path.write_text("".join(kept), encoding="utf-8")
 
 
