@@ -120,7 +120,7 @@ def evaluate(
         "train_images": len(train_pixels),
         "test_images": len(test_pixels),
         "seed": seed,
-        **{key: value or defaults[key] for key, value in sampling.items()},
+        **{key: defaults[key] if given is None else given for key, given in sampling.items()},
     }
     return figures, samples
 

@@ -125,16 +125,22 @@ class Pipeline:
         defaults = self.config.sample
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if not prompts:
+            raise UserError("no prompts to draw")
         if len(seeds) != len(prompts):
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts")
         if not all(0 <= s <= MAX_SEED for s in seeds):
             raise UserError(f"seeds must be in 0..{MAX_SEED}, got {min(seeds)}..{max(seeds)}")
-        program = self.program(sampler or defaults.sampler, steps or defaults.steps)
+        sampler = defaults.sampler if sampler is None else sampler
+        steps = defaults.steps if steps is None else steps
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
         eta = defaults.eta if eta is None else eta
+        size = defaults.batch_size if batch_size is None else batch_size
+        if size < 1:
+            raise UserError(f"batch_size must be at least 1, got {size}")
         if not 0.0 <= eta <= 1.0:
             raise UserError(f"eta must be in [0, 1], got {eta}")
-        size = batch_size or defaults.batch_size
+        program = self.program(sampler, steps)
         tokens = captions.encode(self.tokenizer, prompts)
         null = text.null_tokens(self.tokenizer)
         drawn = []

@@ -58,6 +58,8 @@ def test_settings_matter(pipe):
 def test_bad_arguments_are_refused(pipe, tmp_path):
     for settings, message in (
         ({"sampler": "plms"}, "unknown sampler 'plms'; known: ddim, ddpm"),
+        ({"steps": 0}, r"must be in 1\.\.1000, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"steps": 1001}, r"must be in 1\.\.1000, got 1001"),
         ({"eta": 2.0}, r"eta must be in \[0, 1\]"),
         ({"seed": -1}, r"seeds must be in 0\.\."),
@@ -65,6 +67,8 @@ def test_bad_arguments_are_refused(pipe, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             pipe("a handwritten seven", **settings)
+    with pytest.raises(UserError, match="no prompts"):
+        pipe([])
     with pytest.raises(UserError, match="does not exist"):
         pipelines.load(tmp_path / "none")
     with pytest.raises(UserError, match="no checkpoint of the diffusion stage"):
