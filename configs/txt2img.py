@@ -65,7 +65,7 @@ def paper() -> ConfigDict:
     config.tokenizer = ConfigDict()
     config.tokenizer.vocab_size = 30_522
     config.tokenizer.max_length = 77  # tokens
-    config.tokenizer.num_captions = 1_000_000  # to train it on
+    config.tokenizer.num_examples = 1_000_000  # whose captions it is trained on
     config.text_encoder = ConfigDict()
     config.text_encoder.width = 1_280
     config.text_encoder.depth = 32

@@ -27,6 +27,7 @@ from latent_diffusion_jax.models.text_transformer import TextTransformer
 from latent_diffusion_jax.models.unet import UNet
 from latent_diffusion_jax.runtime import checkpoints, sharding
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.sampling import make_txt2img
 from latent_diffusion_jax.training import autoencoder_stage, diffusion_stage
 from latent_diffusion_jax.training.optimizer import make_optimizer
 from latent_diffusion_jax.training.state import Stage
@@ -37,12 +38,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 def network_fields(section: ConfigDict) -> dict[str, Any]:
     """A section as keyword arguments, the dtype's name replaced by the dtype."""
-    fields = dict(section)
-    if "dtype" in fields:
-        if fields["dtype"] not in DTYPES:
-            raise UserError(f"unknown dtype {fields['dtype']!r}; known: {', '.join(DTYPES)}")
-        fields["dtype"] = DTYPES[fields["dtype"]]
-    return fields
+    return dict(section) | {"dtype": DTYPES[section.dtype]}
 
 
 def data_sources(config: ConfigDict) -> tuple[pipeline.DecodedSource, pipeline.DecodedSource]:
@@ -61,7 +57,7 @@ def data_sources(config: ConfigDict) -> tuple[pipeline.DecodedSource, pipeline.D
         if not len(records):
             raise UserError(f"split {split!r} of data {data.name!r} is empty")
         source = pipeline.DecodedSource(records, data.max_damaged_share)
-        source.check(data.check_images)
+        source.check(data.check_images, data.num_threads)
         sources.append(source)
     return sources[0], sources[1]
 
@@ -136,16 +132,31 @@ def latent_diffusion(config: ConfigDict, vocab_size: int, max_length: int) -> La
 
 def second_stage(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> Stage:
     """The UNet's and the conditioner's training stage."""
+    ldm = latent_diffusion(config, tokenizer.get_vocab_size(), token_length(tokenizer))
     return diffusion_stage.make_stage(
-        latent_diffusion(config, tokenizer.get_vocab_size(), token_length(tokenizer)),
+        ldm,
         make_optimizer(config.num_steps, **config.optimizer),
         text.null_tokens(tokenizer),
         encode(tokenizer, config.sample.prompts),
         caption_dropout=config.caption_dropout,
         ema_decay=config.ema_decay,
-        preview_steps=config.sample.steps,
-        preview_guidance_scale=config.sample.guidance_scale,
+        draw=make_txt2img(ldm, config.sample.sampler, config.sample.steps),
+        guidance_scale=config.sample.guidance_scale,
+        eta=config.sample.eta,
     )
+
+
+def first_stage_step(config: ConfigDict, workdir: pathlib.Path) -> int:
+    """Step of a workdir's complete first stage.
+
+    Raises:
+      UserError: there is none.
+    """
+    directory = workdir / "first_stage"
+    step = checkpoints.latest_step(directory)
+    if step is None or step < config.first_stage.num_steps:
+        raise UserError(f"{directory} holds no complete first stage; train it first (stages)")
+    return step
 
 
 def load_first_stage(
@@ -156,10 +167,7 @@ def load_first_stage(
     Raises:
       UserError: it is not there, not complete or damaged.
     """
-    directory = workdir / "first_stage"
-    step = checkpoints.latest_step(directory)
-    if step is None or step < config.first_stage.num_steps:
-        raise UserError(f"{directory} holds no complete first stage; train it first (stages)")
+    directory, step = workdir / "first_stage", first_stage_step(config, workdir)
     network, size = autoencoder(config), config.data.image_size
     images = jax.ShapeDtypeStruct((1, size, size, network.image_channels), np.float32)
     latent = size // network.downsampling_factor

@@ -25,12 +25,23 @@ AT_LEAST_ONE = (
     "first_stage.batch_size",
     "first_stage.num_steps",
     "first_stage.scale_examples",
+    "first_stage.autoencoder.z_channels",
+    "first_stage.autoencoder.embed_dim",
     "first_stage.autoencoder.channels",
+    "first_stage.autoencoder.num_res_blocks",
     "first_stage.autoencoder.num_groups",
+    "first_stage.discriminator.channels",
     "first_stage.discriminator.num_layers",
+    "tokenizer.num_examples",
+    "text_encoder.width",
+    "text_encoder.depth",
+    "text_encoder.num_heads",
+    "text_encoder.head_dim",
     "unet.channels",
     "unet.num_groups",
     "unet.head_dim",
+    "unet.num_res_blocks",
+    "unet.transformer_depth",
     "schedule.num_timesteps",
     "sample.steps",
     "sample.batch_size",
@@ -54,9 +65,19 @@ NAMES: dict[str, Any] = {
 def check_config(config: ConfigDict) -> None:
     """Raises UserError, naming the key, for values that could not work."""
     values = flatten(config)
+    try:
+        _check_values(config, values)
+    except (KeyError, AttributeError) as error:  # ml_collections names the key
+        raise UserError(f"the config lacks a key: {error}") from error
+
+
+def _check_values(config: ConfigDict, values: dict[str, Any]) -> None:
     for key in AT_LEAST_ONE:
         if values[key] < 1:
             raise UserError(f"{key}={values[key]} must be at least 1")
+    for key in ("seed", "data.check_images"):
+        if values[key] < 0:
+            raise UserError(f"{key}={values[key]} must not be negative")
     for key in IN_UNIT_INTERVAL:
         if not 0.0 <= values[key] <= 1.0:
             raise UserError(f"{key}={values[key]} must be in [0, 1]")
@@ -67,6 +88,9 @@ def check_config(config: ConfigDict) -> None:
     for name in ("optimizer", "first_stage.optimizer", "first_stage.discriminator_optimizer"):
         if len(values[f"{name}.betas"]) != 2:
             raise UserError(f"{name}.betas={values[f'{name}.betas']} must be two numbers")
+    low, high = config.schedule.beta_start, config.schedule.beta_end
+    if not 0.0 < low <= high < 1.0:
+        raise UserError(f"schedule: 0 < beta_start={low} <= beta_end={high} < 1 does not hold")
     if config.tokenizer.max_length < 3:
         raise UserError(
             f"tokenizer.max_length={config.tokenizer.max_length} must be at least 3: a caption "
@@ -94,8 +118,11 @@ def _check_networks(config: ConfigDict) -> None:
     """Sizes that must divide one another."""
     first, unet, size = config.first_stage, config.unet, config.data.image_size
     for name, section in (("first_stage.autoencoder", first.autoencoder), ("unet", unet)):
-        if not section.channel_multipliers:
-            raise UserError(f"{name}.channel_multipliers is empty; it has one entry a level")
+        multipliers = tuple(section.channel_multipliers)
+        if not multipliers or not all(isinstance(m, int) and m > 0 for m in multipliers):
+            raise UserError(
+                f"{name}.channel_multipliers={multipliers} must be positive numbers, one a level"
+            )
         levels = range(len(section.channel_multipliers))
         if set(section.attention_levels) - set(levels):
             raise UserError(

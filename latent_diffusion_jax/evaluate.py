@@ -39,10 +39,13 @@ NEIGHBOURS = 3
 
 def read_split(source: DecodedSource, size: int, limit: int) -> tuple[np.ndarray, list, np.ndarray]:
     """Images uint8 [N, size, size, 3], captions and labels (-1: none) of a split's first images."""
-    records = [source[i] for i in range(min(len(source), limit))]
-    pixels = np.stack([image_example(r, None, size, random_flip=False) for r in records])
-    labels = np.array([-1 if r["label"] is None else r["label"] for r in records])
-    return pixels, [r["captions"] for r in records], labels
+    pixels, captions, labels = [], [], []
+    for i in range(min(len(source), limit)):
+        record = source[i]
+        pixels.append(image_example(record, None, size, random_flip=False))
+        captions.append(record["captions"])
+        labels.append(-1 if record["label"] is None else record["label"])
+    return np.stack(pixels), captions, np.array(labels)
 
 
 def grey_features(pixels: np.ndarray) -> np.ndarray:
@@ -88,6 +91,9 @@ def evaluate(
     train_pixels, _, train_labels = read_split(train_source, size, max_real)
     test_pixels, test_captions, test_labels = read_split(test_source, size, max_real)
     train_features, test_features = grey_features(train_pixels), grey_features(test_pixels)
+
+    if len(train_pixels) <= NEIGHBOURS:
+        raise UserError(f"{len(train_pixels)} training images are too few to compare with")
 
     classes = train_source.records.label_names
     if classes:

@@ -6,11 +6,10 @@ images = pipe(["a handwritten seven"] * 4, seed=0)  # uint8 [4, H, W, 3]
 
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from ml_collections import ConfigDict
@@ -18,52 +17,12 @@ from ml_collections import ConfigDict
 from latent_diffusion_jax import build
 from latent_diffusion_jax.conditioning import text
 from latent_diffusion_jax.conditioning import tokenizers as captions
-from latent_diffusion_jax.diffusion.guidance import classifier_free
-from latent_diffusion_jax.diffusion.samplers import SAMPLERS, normal_per_key
-from latent_diffusion_jax.diffusion.schedules import sampling_timesteps
 from latent_diffusion_jax.ldm import LatentDiffusion
 from latent_diffusion_jax.runtime import checkpoints, images, sharding
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.sampling import Draw, make_txt2img
 
 MAX_SEED = 2**32 - 1
-
-
-def make_txt2img(ldm: LatentDiffusion, sampler: str, steps: int) -> Callable[..., jax.Array]:
-    """The whole of sampling as one pure function, to be jitted.
-
-    Args:
-      ldm: the networks.
-      sampler: one of `SAMPLERS`.
-      steps: number of sampling steps.
-
-    Returns:
-      (params, tokens [B, L], null_tokens [L], seeds uint32 [B], guidance_scale, eta) -> images
-      [B, H, W, C] in [-1, 1]. Row i depends on tokens[i] and seeds[i] alone.
-    """
-    timesteps = sampling_timesteps(ldm.schedule.num_timesteps, steps)
-
-    def txt2img(
-        params: Any,
-        tokens: jax.Array,
-        null_tokens: jax.Array,
-        seeds: jax.Array,
-        guidance_scale: jax.Array,
-        eta: jax.Array,
-    ) -> jax.Array:
-        keys = jax.vmap(jax.random.key)(seeds)
-        start_keys, step_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
-        z_T = normal_per_key(start_keys, ldm.latent_shape)
-        null = jnp.broadcast_to(null_tokens, tokens.shape)
-        predict = classifier_free(
-            lambda z_t, t, cond: ldm.predict_epsilon(params, z_t, t, cond),
-            ldm.condition(params, tokens),
-            ldm.condition(params, null),
-            guidance_scale,
-        )
-        z_0 = SAMPLERS[sampler](predict, z_T, ldm.schedule, timesteps, step_keys, eta)
-        return jnp.clip(ldm.decode(params, z_0), -1.0, 1.0)
-
-    return txt2img
 
 
 class Pipeline:
@@ -80,12 +39,10 @@ class Pipeline:
         self, config: ConfigDict, ldm: LatentDiffusion, params: Any, tokenizer: tokenizers.Tokenizer
     ):
         self.config, self.ldm, self.params, self.tokenizer = config, ldm, params, tokenizer
-        self._programs: dict[tuple[str, int], Callable[..., jax.Array]] = {}
+        self._programs: dict[tuple[str, int], Draw] = {}
 
-    def program(self, sampler: str, steps: int) -> Callable[..., jax.Array]:
+    def program(self, sampler: str, steps: int) -> Draw:
         """The jitted sampling function for a sampler and a number of steps, made once."""
-        if sampler not in SAMPLERS:
-            raise UserError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
         if (sampler, steps) not in self._programs:
             try:
                 self._programs[sampler, steps] = jax.jit(make_txt2img(self.ldm, sampler, steps))
@@ -112,7 +69,7 @@ class Pipeline:
             image is the same for the same prompt and seed, whatever else is drawn beside it.
           steps: sampling steps, 1 to the schedule's timesteps.
           guidance_scale: 1 is no guidance; more follows the prompt more closely.
-          sampler: one of `SAMPLERS`.
+          sampler: `ddim` or `ddpm`.
           eta: DDIM's noise, 0 for none.
           batch_size: images drawn at once; a new value compiles a new program.
 
@@ -124,7 +81,10 @@ class Pipeline:
         """
         defaults = self.config.sample
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if isinstance(seed, int | np.integer):
+            seeds = [int(seed) + i for i in range(len(prompts))]
+        else:
+            seeds = [int(s) for s in seed]
         if not prompts:
             raise UserError("no prompts to draw")
         if len(seeds) != len(prompts):
@@ -165,7 +125,7 @@ def load(workdir: str | pathlib.Path) -> Pipeline:
     Raises:
       UserError: the workdir has no trained second stage, or a checkpoint is damaged.
     """
-    workdir = pathlib.Path(workdir).absolute()
+    workdir = pathlib.Path(workdir).expanduser().absolute()
     if not workdir.is_dir():
         raise UserError(f"workdir {workdir} does not exist")
     directory = workdir / "diffusion"

@@ -33,7 +33,7 @@ def read_prompts(prompt: str | None, prompts_file: str | None) -> list[str]:
         return [prompt]
     assert prompts_file is not None
     try:
-        lines = pathlib.Path(prompts_file).read_text("utf-8").splitlines()
+        lines = pathlib.Path(prompts_file).expanduser().read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read prompts file {prompts_file}: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
@@ -46,7 +46,6 @@ def write_folder(
     folder: pathlib.Path, drawn: np.ndarray, prompts: list[str], seeds: list[int]
 ) -> None:
     """One PNG an image and a metadata.jsonl, the layout that `data.name` reads."""
-    folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for i, (image, prompt, seed) in enumerate(zip(drawn, prompts, seeds, strict=True)):
         name = f"{i:05d}.png"
@@ -67,18 +66,24 @@ def define_flags() -> None:
     flags.DEFINE_float("guidance_scale", None, "1 is no guidance; default from the config.")
     flags.DEFINE_string("sampler", None, "ddim or ddpm; default from the config.")
     flags.DEFINE_float("eta", None, "DDIM's noise, 0 to 1; default from the config.")
-    flags.DEFINE_integer("batch_size", None, "Images drawn at once; default from the config.")
+    flags.DEFINE_integer(
+        "batch_size", None, "Images drawn at once; default from the config.", lower_bound=1
+    )
     flags.DEFINE_string("out", "grid.png", "A .png for one grid; a folder, with a / at its end or "
                         "already there, for one PNG an image.")  # fmt: skip
 
 
 def main() -> None:
     loggers.set_up_logging()
-    out = pathlib.Path(FLAGS.out)
+    out = pathlib.Path(FLAGS.out).expanduser()
     to_folder = FLAGS.out.endswith("/") or out.is_dir()
     if not to_folder and out.suffix.lower() != ".png":
         raise UserError(f"--out={FLAGS.out} must be a .png file, or a folder with a / at its end")
     prompts = read_prompts(FLAGS.prompt, FLAGS.prompts_file)
+    try:  # before any work is done
+        (out if to_folder else out.parent).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --out={FLAGS.out}: {error.strerror}") from error
     pipe = pipelines.load(FLAGS.workdir)
     for prompt in prompts:
         if lost := captions.cut_off(pipe.tokenizer, prompt):

@@ -24,15 +24,17 @@ from ml_collections import ConfigDict, config_flags
 from latent_diffusion_jax import build
 from latent_diffusion_jax.conditioning import tokenizers as captions
 from latent_diffusion_jax.config_checks import check_config
-from latent_diffusion_jax.runtime import checkpoints, loggers, sharding
+from latent_diffusion_jax.data.sources import Source
+from latent_diffusion_jax.runtime import checkpoints, loggers, sharding, trees
 from latent_diffusion_jax.runtime.commands import StopRequest, flatten, run
-from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.errors import UserError, as_user_error
 from latent_diffusion_jax.training import loop
-from latent_diffusion_jax.training.state import State, to_float
+from latent_diffusion_jax.training.state import Stage, State, to_float
 
 FLAGS = flags.FLAGS
 
-# Keys that may change between calls in one workdir: they do not change what is learned.
+# Keys that may change between calls in one workdir: they do not change what is learned, but for
+# num_steps, which makes a run longer (the learning rate then follows the new length).
 FREE_KEYS = (
     "stages",
     "mesh.",
@@ -61,7 +63,8 @@ def train(
         first step; or training itself fails for a reason that can be put right.
     """
     workdir = pathlib.Path(workdir).expanduser().absolute()
-    check_config(config)
+    with as_user_error("the config does not fit the networks"):
+        check_config(config)
     mesh = sharding.make_mesh(dict(config.mesh))
     for key in ("batch_size", "first_stage.batch_size"):
         sharding.check_batch_size(flatten(config)[key], mesh, key)
@@ -70,11 +73,34 @@ def train(
     num_steps = {"first_stage": config.first_stage.num_steps, "diffusion": config.num_steps}
     last = {name: checkpoints.latest_step(workdir / name) or 0 for name in config.stages}
     unfinished = [name for name in config.stages if last[name] < num_steps[name]]
-    perceptual = build.perceptual_params(config) if "first_stage" in unfinished else None
+    for name in config.stages:
+        if name not in unfinished:
+            logging.info("%s: complete at step %d, nothing to do", name, last[name])
+    if not unfinished:
+        return True
+    if "first_stage" not in unfinished:
+        build.first_stage_step(config, workdir)  # says so where it is not complete
     train_source, test_source = build.data_sources(config)
-    workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        checkpoints.write_json(workdir / "config.json", as_json)
+
+    # All stages are built, as shapes, before the first one is trained.
+    stages: dict[str, Stage] = {}
+    perceptual, tokenizer = None, None
+    with as_user_error("the config's parts do not fit together"):
+        if "first_stage" in unfinished:
+            perceptual = build.perceptual_params(config)
+            stages["first_stage"] = build.first_stage(config)
+        if "diffusion" in unfinished:
+            tokenizer = open_tokenizer(config, workdir, train_source.records)
+            stages["diffusion"] = build.second_stage(config, tokenizer)
+        root = jax.random.key(0)
+        shapes = {name: jax.eval_shape(stage.init, root) for name, stage in stages.items()}
+
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            checkpoints.write_json(workdir / "config.json", as_json)
+    except OSError as error:
+        raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from error
     shared = loop.Run(
         workdir=workdir,
         mesh=mesh,
@@ -90,14 +116,17 @@ def train(
         checkpoint_every=config.checkpoint_every,
         keep_checkpoints=config.keep_checkpoints,
     )
-    log_summary(shared, config)
-    for name in config.stages:
-        if name not in unfinished:
-            logging.info("%s: complete at step %d, nothing to do", name, last[name])
-        elif name == "first_stage":
-            if not train_first_stage(shared, config, perceptual):
-                return False
-        elif not train_diffusion(shared, config):
+    log_summary(shared, config, shapes)
+    for name in unfinished:
+        if should_stop():
+            logging.info("stopped before the stage %s; the same command goes on from there", name)
+            return False
+        if name == "first_stage":
+            finished = train_first_stage(shared, config, stages[name], perceptual)
+        else:
+            assert tokenizer is not None
+            finished = train_diffusion(shared, config, stages[name], tokenizer)
+        if not finished:
             return False
     logging.info("done: checkpoints and config in %s, scalars in metrics.jsonl there,", workdir)
     logging.info("scalars and pictures: tensorboard --logdir=%s/tensorboard", workdir)
@@ -127,7 +156,7 @@ def check_workdir(config: dict[str, Any], workdir: pathlib.Path) -> None:
         )
 
 
-def log_summary(shared: loop.Run, config: ConfigDict) -> None:
+def log_summary(shared: loop.Run, config: ConfigDict, shapes: dict[str, State]) -> None:
     devices = jax.devices()
     axes = ", ".join(f"{axis} {size}" for axis, size in shared.mesh.shape.items())
     logging.info("workdir: %s; stages: %s", shared.workdir, ", ".join(config.stages))
@@ -141,17 +170,21 @@ def log_summary(shared: loop.Run, config: ConfigDict) -> None:
         *(len(shared.train_source), len(shared.test_source)),
         len(shared.train_source.damaged) + len(shared.test_source.damaged),
     )
+    batch = {"first_stage": config.first_stage.batch_size, "diffusion": config.batch_size}
+    for name, state in shapes.items():
+        counts = ", ".join(f"{key} {trees.count(part):,}" for key, part in state.params.items())
+        logging.info("%s: batch %d; parameters: %s", name, batch[name], counts)
 
 
-def train_first_stage(shared: loop.Run, config: ConfigDict, perceptual: Any) -> bool:
+def train_first_stage(shared: loop.Run, config: ConfigDict, stage: Stage, perceptual: Any) -> bool:
     """Trains the autoencoder, then measures the scale of its latents.
 
     `perceptual` is what `build.perceptual_params` gave.
     """
     section, network = config.first_stage, build.autoencoder(config)
     prepare = build.example_maker(config, None)
+    everywhere = sharding.replicated(shared.mesh)
 
-    @jax.jit
     def moments(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         """Mean and mean square of each image's latents, [B]."""
         z = network.apply({"params": params}, to_float(batch["image"]), method="encode").mean
@@ -159,13 +192,12 @@ def train_first_stage(shared: loop.Run, config: ConfigDict, perceptual: Any) -> 
 
     def measure_scale(state: State) -> dict[str, Any]:
         """1 / standard deviation of the latents over training images (LDM, appendix G)."""
+        measure = jax.jit(moments, out_shardings=everywhere)
         totals, count = np.zeros(2), 0
         for batch, valid in loop.in_order(
             shared.train_source, prepare, shared.mesh, section.batch_size, section.scale_examples
         ):
-            found = jax.device_put(
-                moments(state.params["autoencoder"], batch), sharding.replicated(shared.mesh)
-            )
+            found = measure(state.params["autoencoder"], batch)
             totals += [np.asarray(x, np.float64)[:valid].sum() for x in found]
             count += valid
         mean, mean_square = totals / count
@@ -176,41 +208,41 @@ def train_first_stage(shared: loop.Run, config: ConfigDict, perceptual: Any) -> 
     return loop.train_stage(
         shared,
         "first_stage",
-        build.first_stage(config),
+        stage,
         prepare,
         batch_size=section.batch_size,
         num_steps=section.num_steps,
-        frozen=jax.device_put(perceptual, sharding.replicated(shared.mesh)),
+        frozen=jax.device_put(perceptual, everywhere),
         at_end=measure_scale,
     )
 
 
-def train_diffusion(shared: loop.Run, config: ConfigDict) -> bool:
+def train_diffusion(
+    shared: loop.Run, config: ConfigDict, stage: Stage, tokenizer: tokenizers.Tokenizer
+) -> bool:
     """Trains the UNet and the text encoder on the first stage's latents."""
-    frozen = build.load_first_stage(config, shared.workdir, shared.mesh)
-    tokenizer = open_tokenizer(shared, config)
     return loop.train_stage(
         shared,
         "diffusion",
-        build.second_stage(config, tokenizer),
+        stage,
         build.example_maker(config, tokenizer),
         batch_size=config.batch_size,
         num_steps=config.num_steps,
-        frozen=frozen,
+        frozen=build.load_first_stage(config, shared.workdir, shared.mesh),
         tokenizer=json.loads(tokenizer.to_str()),
     )
 
 
-def open_tokenizer(shared: loop.Run, config: ConfigDict) -> tokenizers.Tokenizer:
+def open_tokenizer(
+    config: ConfigDict, workdir: pathlib.Path, source: Source
+) -> tokenizers.Tokenizer:
     """The tokenizer of the run's last checkpoint, or a new one trained on the captions."""
-    directory = shared.workdir / "diffusion"
+    directory = workdir / "diffusion"
     step = checkpoints.latest_step(directory)
     if step is not None:
         return captions.load(json.dumps(checkpoints.read_json(directory, step, "tokenizer")))
-    source, section = shared.train_source.records, config.tokenizer
-    texts = (
-        c for i in range(min(len(source), section.num_captions)) for c in source[i]["captions"]
-    )
+    section = config.tokenizer
+    texts = (c for i in range(min(len(source), section.num_examples)) for c in source.captions(i))
     tokenizer = captions.train(texts, section.vocab_size, section.max_length)
     logging.info("diffusion: tokenizer of %d tokens, from the captions", tokenizer.get_vocab_size())
     return tokenizer

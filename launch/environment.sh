@@ -16,10 +16,10 @@ find_python() {
 
 install() {
   local python file mark
-  if [ ! -x .venv/bin/python ]; then
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # not there, or cut off
     python=$(find_python)
     echo "making .venv with $("$python" --version)"
-    if ! "$python" -m venv .venv; then
+    if ! "$python" -m venv --clear .venv; then
       rm -rf .venv
       echo "error: '$python -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2
       return 1
@@ -29,10 +29,6 @@ install() {
     mark=".venv/installed-$(sha256sum "$file" | cut -c 1-16)"
     if [ ! -e "$mark" ]; then
       echo "installing $file"
-      # One by one where the order matters (torch before what depends on it).
-      if [ "$file" = requirements-test.txt ]; then
-        .venv/bin/python -m pip install --quiet "$(grep '^torch==' "$file")"
-      fi
       .venv/bin/python -m pip install --quiet -r "$file"
       touch "$mark"
     fi

@@ -16,6 +16,7 @@ LAYERS = (
     ("runtime", "diffusion", "models"),
     ("conditioning", "data", "weights"),
     ("ldm", "evaluation"),
+    ("sampling",),
     ("training",),
     ("build",),
     ("config_checks", "pipelines"),

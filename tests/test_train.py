@@ -83,9 +83,9 @@ def test_scale_factor_is_one_over_the_latents_deviation(trained_workdir, smoke_c
 
 
 def test_stopped_and_resumed_is_bit_identical(trained_workdir, smoke_config, tmp_path):
-    # Questions are asked after every step: stop in the middle of the first stage (also between
-    # two checkpoints), then twice in the second.
-    for calls in (1, 2, 1, 2):
+    # It asks before every stage and after every step: stops at steps 1 and 3 of the first stage
+    # (between two checkpoints), between the stages, at steps 2 and 3 of the second.
+    for calls in (2, 3, 3, 3, 2):
         assert not train(smoke_config, tmp_path, stop_after(calls))
     assert checkpoints.latest_step(tmp_path / "first_stage") == 4
     assert checkpoints.latest_step(tmp_path / "diffusion") == 3
@@ -213,3 +213,34 @@ def test_lpips_weights_turn_the_perceptual_loss_on(smoke_config, tmp_path):
     assert row["train/rec_loss"] > 1.05 * 3072 * row["train/l1"]
     state = final_state(tmp_path / "run", "first_stage")
     assert not any("vgg" in name for name in state), "frozen weights are in the checkpoint"
+
+
+def test_networks_that_do_not_fit_are_refused_before_the_first_stage(smoke_config, tmp_path):
+    smoke_config.tokenizer.vocab_size = 100
+    refused(smoke_config, tmp_path, r"tokenizer\.vocab_size=100 must be at least")
+    smoke_config.tokenizer.vocab_size = 512
+    with smoke_config.unlocked():
+        smoke_config.unet.chanels = 3
+    refused(smoke_config, tmp_path, "unexpected keyword argument 'chanels'")
+    del smoke_config.unet.chanels
+    del smoke_config.unet["channels"]
+    refused(smoke_config, tmp_path, r"lacks a key.*unet\.channels")
+
+
+def test_a_workdir_that_cannot_be_made_is_named(smoke_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to workdir .*file"):
+        train(smoke_config, tmp_path / "file")
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(smoke_config, tmp_path):
+    smoke_config.first_stage.optimizer.learning_rate = 1e30
+    smoke_config.first_stage.optimizer.warmup_steps = 0
+    smoke_config.first_stage.num_steps = 40
+    smoke_config.log_every = 1000
+    with pytest.raises(UserError, match=r"first_stage: the loss is (nan|inf) at step \d+"):
+        train(smoke_config, tmp_path / "run")
+    step = checkpoints.latest_step(tmp_path / "run" / "first_stage")
+    if step is not None:
+        leaves = final_state(tmp_path / "run", "first_stage")
+        assert step < 40 and leaves

@@ -5,6 +5,7 @@ A loader's position is the number of batches it has given, the same for any numb
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from typing import Any
 
 import grain
@@ -77,10 +78,12 @@ class DecodedSource:
                 f"at most {self._limit} may be skipped (data.max_damaged_share={self._share})"
             )
 
-    def check(self, count: int) -> None:
+    def check(self, count: int, num_threads: int = 1) -> None:
         """Decodes up to `count` images, spread evenly, so that damage shows before training."""
-        for index in np.unique(np.linspace(0, len(self) - 1, min(count, len(self)), dtype=int)):
-            self[int(index)]
+        chosen = np.unique(np.linspace(0, len(self) - 1, min(count, len(self)), dtype=int))
+        with futures.ThreadPoolExecutor(num_threads, thread_name_prefix="check") as pool:
+            for _ in pool.map(lambda index: self[int(index)] and None, chosen):
+                pass
 
 
 def image_example(

@@ -1,7 +1,8 @@
 """Where examples come from: a TFDS dataset by name, or a folder of images with captions.
 
 A source is a random-access sequence of records `{"image": encoded bytes, "captions": [str, ...],
-"label": int or None, "name": what to call it in messages}`, with `label_names` beside it.
+"label": int or None, "name": what to call it in messages}`, with `label_names` beside it. A record
+has at least one caption, "" where the data has none for it.
 """
 
 import contextlib
@@ -12,7 +13,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 
 from latent_diffusion_jax.data import digits  # registers the builder
 from latent_diffusion_jax.runtime.errors import UserError
@@ -29,6 +32,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def captions(self, index: int) -> list[str]:
+        """A record's captions alone, without reading its image where that can be."""
+        ...
 
 
 def open_source(
@@ -49,7 +56,8 @@ def open_source(
       split: a TFDS split (`train[:90%]` works), or `train` or `test` of a folder.
       data_dir: where TFDS keeps its datasets; None is its default.
       image_key: TFDS feature with the image.
-      caption_key: TFDS feature with the caption: text, a sequence of texts, or a class label.
+      caption_key: TFDS feature with the caption: text, a sequence of texts, or a class label;
+        `captions/text` for the feature `text` within `captions`.
       caption_template: what becomes of a caption: "a photo of a {}", say, for class names.
       holdout_share: share of a folder that is kept for `test`, where it has no such subfolder.
 
@@ -59,11 +67,11 @@ def open_source(
     if not name:
         raise UserError("data.name is empty; give a folder or the name of a TFDS dataset")
     try:
-        caption_template.format("")
-    except (KeyError, IndexError, ValueError) as error:
-        raise UserError(
-            f"data.caption_template={caption_template!r} must have one {{}}: {error!r}"
-        ) from error
+        complete = "caption" in caption_template.format("caption")
+    except (KeyError, IndexError, ValueError, AttributeError):
+        complete = False
+    if not complete:
+        raise UserError(f"data.caption_template={caption_template!r} must have one {{}}")
     if pathlib.Path(name).expanduser().is_dir():
         return FolderSource(pathlib.Path(name).expanduser(), split, holdout_share, caption_template)
     if name.startswith((".", "/", "~")):
@@ -76,14 +84,20 @@ def _open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     if name == "handwritten_digits":
         builder = digits.HandwrittenDigits(data_dir=data_dir, file_format="array_record")
         tfds.disable_progress_bar()
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of a download; there is none
-            builder.download_and_prepare()
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of a download
+                builder.download_and_prepare()
+        except OSError:  # perhaps another process was faster
+            builder = digits.HandwrittenDigits(data_dir=data_dir, file_format="array_record")
+            if not builder.is_prepared():
+                raise
         return builder
     root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     path, _, version = name.partition(":")
     # From its files alone: needs neither the dataset's code nor what that imports.
     folders = [info.parent for info in (root / path).glob("**/dataset_info.json")]
-    folders.sort(key=lambda folder: (str(folder.parent), tfds.core.Version(folder.name)))
+    folders = [folder for folder in folders if tfds.core.Version.is_valid(folder.name)]
+    folders.sort(key=lambda folder: tfds.core.Version(folder.name))
     if version:
         folders = [folder for folder in folders if folder.name == version]
     if not folders:
@@ -94,7 +108,34 @@ def _open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
             f"data {name!r} is neither a folder nor a TFDS dataset prepared under {root} "
             f"(prepared there: {', '.join(prepared) or 'none'})"
         )
+    kinds = sorted({str(folder.parent.relative_to(root)) for folder in folders})
+    if len(kinds) > 1:
+        raise UserError(f"data {name!r} has several configs, name one: {', '.join(kinds)}")
     return tfds.builder_from_directory(folders[-1])
+
+
+def _caption_feature(features: Any, path: str) -> Any:
+    """The text or class label at a path such as `captions/text`; None where there is none."""
+    feature: Any = features
+    for part in path.split("/"):
+        feature = getattr(feature, "feature", feature)  # of a sequence's elements
+        if not isinstance(feature, tfds.features.FeaturesDict) or part not in feature:
+            return None
+        feature = feature[part]
+    feature = getattr(feature, "feature", feature)
+    return feature if isinstance(feature, (tfds.features.Text, tfds.features.ClassLabel)) else None
+
+
+def _feature_names(features: Any, prefix: str = "") -> list[str]:
+    """Names of all features, of nested ones as paths."""
+    names = []
+    for key, feature in features.items():
+        inner = getattr(feature, "feature", feature)
+        if isinstance(inner, tfds.features.FeaturesDict):
+            names += _feature_names(inner, f"{prefix}{key}/")
+        else:
+            names.append(prefix + key)
+    return names
 
 
 class TfdsSource:
@@ -111,11 +152,17 @@ class TfdsSource:
     ):
         builder = _open_builder(name, data_dir)
         features = builder.info.features
-        for key in (image_key, caption_key):
-            if key not in features:
+        caption_feature = _caption_feature(features, caption_key)
+        is_image = image_key in features and isinstance(features[image_key], tfds.features.Image)
+        for key, kind, found in (
+            (image_key, "image", is_image),
+            (caption_key, "text or class label", caption_feature is not None),
+        ):
+            if not found:
                 raise UserError(
-                    f"dataset {name!r} has no feature {key!r}; it has {', '.join(features)} "
-                    "(set data.image_key and data.caption_key)"
+                    f"dataset {name!r} has no {kind} feature {key!r}; it has "
+                    f"{', '.join(_feature_names(features))} (set data.image_key and "
+                    "data.caption_key)"
                 )
         try:
             self._records = builder.as_data_source(
@@ -133,7 +180,7 @@ class TfdsSource:
             for key, feature in features.items()
             if isinstance(feature, tfds.features.ClassLabel) and feature.names
         }
-        self._caption_names = labels.get(caption_key)
+        self._caption_feature = caption_feature
         self._label_key = "label" if "label" in labels else next(iter(labels), None)
         self.label_names: Sequence[str] = labels.get(self._label_key, ())
 
@@ -142,17 +189,26 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._records[index]
-        captions = record[self._caption_key]
-        if self._caption_names is not None:
-            captions = self._caption_names[captions]
-        captions = [captions] if isinstance(captions, str | bytes) else list(captions)
-        captions = [c.decode("utf-8") if isinstance(c, bytes) else str(c) for c in captions]
         return {
             "image": record[self._image_key],
-            "captions": [self._template.format(c) for c in captions],
+            "captions": self._captions_of(record),
             "label": int(record[self._label_key]) if self._label_key else None,
             "name": f"{self._name}[{index}]",
         }
+
+    def captions(self, index: int) -> list[str]:
+        return self._captions_of(self._records[index])
+
+    def _captions_of(self, record: dict[str, Any]) -> list[str]:
+        value: Any = record
+        for part in self._caption_key.split("/"):
+            value = value[part]
+        values = [value] if isinstance(value, str | bytes | int | np.integer) else list(value)
+        if isinstance(self._caption_feature, tfds.features.ClassLabel):
+            texts = [self._caption_feature.int2str(int(v)) for v in values]
+        else:
+            texts = [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in values]
+        return [self._template.format(text) for text in texts] or [""]
 
 
 class FolderSource:
@@ -182,8 +238,19 @@ class FolderSource:
             data = path.read_bytes()
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
-        captions = [self._template.format(caption) for caption in self._captions[index]]
-        return {"image": data, "captions": captions, "label": None, "name": str(path)}
+        return {
+            "image": data,
+            "captions": self.captions(index),
+            "label": None,
+            "name": str(path),
+        }
+
+    def captions(self, index: int) -> list[str]:
+        return [self._template.format(caption) for caption in self._captions[index]]
+
+
+def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _captions(folder: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
@@ -191,11 +258,16 @@ def _captions(folder: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
     tables = sorted(folder.rglob("metadata.jsonl"))
     if tables:
         pairs = [pair for table in tables for pair in _read_table(table)]
+        listed = {path for path, _ in pairs}
+        unlisted = [path for path in _image_files(folder) if path not in listed]
+        if unlisted:
+            logging.warning(
+                "%d images in %s are in no metadata.jsonl and not used, the first is %s",
+                *(len(unlisted), folder, unlisted[0].relative_to(folder)),
+            )
         return sorted(pairs, key=lambda pair: pair[0])
     pairs, without = [], []
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            continue
+    for path in _image_files(folder):
         text = path.with_suffix(".txt")
         if text.is_file():
             try:

@@ -6,8 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-ArrayLike = Any
-
 
 class GroupNorm(nn.Module):
     """Group normalisation computed in float32, returned in the input's dtype."""

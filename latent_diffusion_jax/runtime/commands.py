@@ -33,7 +33,7 @@ def run(main: Callable[[], None]) -> None:
             if "\n" in str(error).strip():  # a traceback from inside the config file
                 raise UserError(_config_error(argv, error)) from error
             raise UserError(str(error)) from error
-        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        except Exception as error:  # whatever the config file raises
             raise UserError(_config_error(argv, error)) from error
 
     # absl's own parser would print a usage text or a traceback.
@@ -76,7 +76,7 @@ def _config_error(argv: Sequence[str], error: Exception) -> str:
         spec.loader.exec_module(module)  # type: ignore[union-attr]
         known = flatten(module.get_config(*([variant] if variant else [])))
     except Exception as file_error:
-        return f"config {file}: {file_error}"
+        return f"config {file}: {type(file_error).__name__}: {file_error}"
     for arg in argv:
         match = re.match(r"--(?:no)?config\.([^=]+)", arg)
         if match and match[1] not in known:

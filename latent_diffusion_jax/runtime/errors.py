@@ -1,8 +1,23 @@
 """The one exception for what a user can put right: bad configs, data, checkpoints, arguments."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """Says in one line what was wrong, where, and what would be right.
 
     Commands print the message without a traceback and exit with status 2.
     """
+
+
+@contextlib.contextmanager
+def as_user_error(what: str) -> Iterator[None]:
+    """Turns what a constructor says of its arguments into a UserError that starts with `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{what}: {reason}") from error

@@ -1,25 +1,26 @@
 """Images on the host: decode, resize, crop, grids, PNG files. numpy uint8 [H, W, C] throughout."""
 
 import io
+import math
 import pathlib
-import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def decode(data: bytes) -> Image.Image:
-    """Encoded bytes -> RGB image; transparent parts become white.
+    """Encoded bytes -> upright RGB image; transparent parts become white.
 
     Raises:
-      ValueError: the bytes are no whole image in a format that Pillow reads.
+      ValueError: the bytes are no whole image in a format that Pillow reads, or it is too large.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(data))
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
+        image: Image.Image = Image.open(io.BytesIO(data))
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(f"{image.width}x{image.height} pixels are too many")
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(str(error) or type(error).__name__) from error
     if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips at 255
         levels = np.clip(np.asarray(image, np.int64), 0, 65535) / 257.0

@@ -97,9 +97,11 @@ def _drop_rows(path: pathlib.Path, stage: str, start_step: int) -> None:
             row = json.loads(line)
         except json.JSONDecodeError:  # cut off by a kill
             continue
-        if row["stage"] != stage or row["step"] <= start_step:
+        if isinstance(row, dict) and (row["stage"] != stage or row["step"] <= start_step):
             kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
 
 
 class Progress:
@@ -128,7 +130,7 @@ class Progress:
             self._bar.update(self._task, completed=step)
 
     def figures(self, step: int, loss: float, images_per_second: float, seconds: float) -> None:
-        """Shows the latest figures; `seconds` is the time of one step."""
+        """Shows the latest figures; `seconds` is the time of one step, 0 while it is not known."""
         if self._bar:
             text = f"loss {loss:.4g}  {images_per_second:.0f} images/s"
             self._bar.update(self._task, completed=step, figures=text)

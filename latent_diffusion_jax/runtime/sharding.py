@@ -60,6 +60,11 @@ def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) ->
             f"mesh {given} needs {math.prod(shape)} devices, {len(devices)} are there "
             "(-1 for one axis takes what is left)"
         )
+    if jax.process_count() > 1 and jax.local_device_count() % shape[-1]:
+        raise UserError(
+            f"mesh tensor={shape[-1]} must divide the {jax.local_device_count()} devices of a "
+            "process: its devices share rows of a batch, which one process reads"
+        )
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -8,11 +8,10 @@ import numpy as np
 import optax
 
 from latent_diffusion_jax.conditioning.base import drop
-from latent_diffusion_jax.diffusion.guidance import classifier_free
 from latent_diffusion_jax.diffusion.losses import denoising_loss, sample_timesteps
-from latent_diffusion_jax.diffusion.samplers import ddim, normal_per_key
-from latent_diffusion_jax.diffusion.schedules import sampling_timesteps
+from latent_diffusion_jax.diffusion.samplers import normal_per_key
 from latent_diffusion_jax.ldm import LatentDiffusion
+from latent_diffusion_jax.sampling import Draw
 from latent_diffusion_jax.training import ema
 from latent_diffusion_jax.training.state import Stage, State, sample_keys, to_float
 
@@ -25,8 +24,9 @@ def make_stage(
     *,
     caption_dropout: float,
     ema_decay: float,
-    preview_steps: int,
-    preview_guidance_scale: float,
+    draw: Draw,
+    guidance_scale: float,
+    eta: float,
 ) -> Stage:
     """Builds the stage. `State.frozen` holds the parameters `autoencoder` and `scale_factor`.
 
@@ -37,8 +37,9 @@ def make_stage(
       preview_tokens: token ids of the captions to draw at every preview [N, L].
       caption_dropout: share of captions replaced by the empty one, for guidance.
       ema_decay: decay of the moving average that samples are drawn with.
-      preview_steps: sampling steps of a preview.
-      preview_guidance_scale: its guidance scale.
+      draw: what `make_txt2img` gave, for previews.
+      guidance_scale: of previews.
+      eta: of previews.
     """
 
     def init(key: jax.Array) -> State:
@@ -75,27 +76,23 @@ def make_stage(
         return State(state.step + 1, params, average, opt, state.frozen), metrics
 
     def eval_step(state: State, batch: Any, key: jax.Array) -> dict[str, jax.Array]:
-        # The timesteps are spread evenly and the noise depends on the key alone, so that the
-        # figure is comparable between steps and runs.
+        # The noise depends on the key alone, and any first rows of a batch have timesteps that are
+        # spread evenly (multiples of the golden ratio), so that steps and runs are comparable.
         size = batch["image"].shape[0]
-        t = jnp.arange(size) * ldm.schedule.num_timesteps // size
+        spread = (np.arange(size) + 0.5) * (np.sqrt(1.25) - 0.5) % 1.0
+        t = jnp.asarray(spread * ldm.schedule.num_timesteps, jnp.int32)
         keys = sample_keys(key, jnp.zeros((), jnp.int32), size)
         return {"loss": loss_per_example(state.frozen | state.ema, batch, batch["tokens"], t, keys)}
 
     def preview(state: State, batch: Any, key: jax.Array) -> jax.Array:
-        del batch
-        params = state.frozen | state.ema
-        keys = jax.random.split(key, len(preview_tokens))
-        null = jnp.broadcast_to(jnp.asarray(null_tokens), preview_tokens.shape)
-        predict = classifier_free(
-            lambda z_t, t, cond: ldm.predict_epsilon(params, z_t, t, cond),
-            ldm.condition(params, jnp.asarray(preview_tokens)),
-            ldm.condition(params, null),
-            jnp.float32(preview_guidance_scale),
+        del batch, key  # image i has seed i, as with the sample command
+        return draw(
+            state.frozen | state.ema,
+            jnp.asarray(preview_tokens),
+            jnp.asarray(null_tokens),
+            jnp.arange(len(preview_tokens), dtype=jnp.uint32),
+            jnp.float32(guidance_scale),
+            jnp.float32(eta),
         )
-        z_T = normal_per_key(keys, ldm.latent_shape)
-        timesteps = sampling_timesteps(ldm.schedule.num_timesteps, preview_steps)
-        z_0 = ddim(predict, z_T, ldm.schedule, timesteps, keys)
-        return jnp.clip(ldm.decode(params, z_0), -1.0, 1.0)
 
     return Stage(init, train_step, eval_step, preview)

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from latent_diffusion_jax.data import pipeline
-from latent_diffusion_jax.runtime import checkpoints, images, loggers, sharding, trees
+from latent_diffusion_jax.runtime import checkpoints, images, loggers, sharding
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.training.state import Stage, State
 
@@ -92,7 +92,6 @@ def train_stage(
     # The state as shapes, then where each leaf lies, then the arrays.
     shapes = jax.eval_shape(stage.init, init_key)
     shardings = sharding.state_sharding(shapes, mesh)
-    _log_parameters(name, shapes.params, batch_size)
     loader = pipeline.train_loader(
         run.train_source,
         prepare,
@@ -103,6 +102,7 @@ def train_stage(
         num_threads=run.num_threads,
     )
     with contextlib.ExitStack() as stack:
+        stack.callback(loader.close)
         manager = stack.enter_context(
             checkpoints.open_manager(run.workdir / name, keep=run.keep_checkpoints, create=True)
         )
@@ -173,17 +173,16 @@ def train_stage(
             progress.step(step)
             if step % run.log_every == 0 or step == num_steps:
                 figures = {key: float(value) for key, value in metrics.items()}
-                if not math.isfinite(figures["loss"]):
-                    raise UserError(
-                        f"{name}: the loss is {figures['loss']} at step {step}; start again with a "
-                        "lower learning rate (the last checkpoint is kept)"
-                    )
+                _check_finite(name, step, figures["loss"])
                 seconds = clock.seconds_per_step(step)
-                figures["images_per_second"] = batch_size / seconds
+                rate = batch_size / seconds if seconds else 0.0
+                if seconds:
+                    figures["images_per_second"] = rate
                 writer.scalars(step, figures, "train")
-                progress.figures(step, figures["loss"], batch_size / seconds, seconds)
+                progress.figures(step, figures["loss"], rate, seconds)
             stopped = _agree_to_stop(run.should_stop, step)
             if step < num_steps and (stopped or step % run.checkpoint_every == 0):
+                _check_finite(name, step, float(metrics["loss"]))
                 save(step, {})
             if step == num_steps or (step % run.eval_every == 0 and not stopped):
                 evaluate(step)
@@ -219,14 +218,15 @@ def in_order(
 
 
 class _Clock:
-    """Time per step since it was last asked."""
+    """Seconds per step since it was last asked; 0 where no step was made since."""
 
     def __init__(self, step: int):
         self._step, self._time = step, time.perf_counter()
 
     def seconds_per_step(self, step: int) -> float:
         now = time.perf_counter()
-        seconds = (now - self._time) / max(step - self._step, 1)
+        steps = step - self._step
+        seconds = (now - self._time) / steps if steps else 0.0
         self._step, self._time = step, now
         return seconds
 
@@ -240,6 +240,9 @@ def _agree_to_stop(should_stop: Callable[[], bool], step: int) -> bool:
     return bool(np.max(multihost_utils.process_allgather(np.array(should_stop()))))
 
 
-def _log_parameters(name: str, params: Any, batch_size: int) -> None:
-    counts = ", ".join(f"{key} {trees.count(value):,}" for key, value in params.items())
-    logging.info("%s: batch %d; parameters: %s", name, batch_size, counts)
+def _check_finite(name: str, step: int, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"{name}: the loss is {loss} at step {step}; this run cannot go on (its last "
+            "checkpoint is kept). Try a lower learning rate in another --workdir"
+        )

@@ -22,7 +22,7 @@ def load(path: str | pathlib.Path) -> Any:
       UserError: the file is not there or no safetensors file, or a tensor is missing or misshapen.
     """
     try:
-        tensors = safetensors.numpy.load_file(str(path))
+        tensors = safetensors.numpy.load_file(str(pathlib.Path(path).expanduser()))
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read LPIPS weights {path}: {error}") from error
 

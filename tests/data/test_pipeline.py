@@ -240,11 +240,11 @@ DAMAGE = {
 
 @pytest.fixture
 def warnings_logged(monkeypatch):
-    """The warnings that this thread logs (other tests' loaders may still read ahead)."""
+    """The warnings logged here or by `check` (other tests' loaders may still read ahead)."""
     found = []
 
     def warning(text, *args):
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread().name.startswith(("MainThread", "check")):
             found.append(text % args)
 
     monkeypatch.setattr(logging, "warning", warning)

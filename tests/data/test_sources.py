@@ -5,6 +5,7 @@ import pathlib
 import re
 import shutil
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -394,3 +395,79 @@ def test_image_that_vanishes_is_named(make_folder):
         path.unlink()
     with fails(str(folder), ".png"):
         source[0]
+
+
+class TinyNested(tfds.core.GeneratorBasedBuilder):
+    """Images with captions inside a sequence of features, as coco_captions has them."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+                "captions": tfds.features.Sequence(
+                    {"id": tfds.features.Scalar(np.int64), "text": tfds.features.Text()}
+                ),
+            }
+        )
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(3):  # the first image has no caption at all
+            captions = [{"id": 10 * i + j, "text": f"text {i} {j}"} for j in range(i)]
+            yield i, {"image": Image.new("RGB", (4, 4), (i, i, i)), "captions": captions}
+
+
+@pytest.fixture(scope="module")
+def nested_dir(tmp_path_factory) -> str:
+    data_dir = str(tmp_path_factory.mktemp("nested"))
+    TinyNested(data_dir=data_dir, file_format="array_record").download_and_prepare()
+    return data_dir
+
+
+def test_captions_inside_a_sequence_of_features(nested_dir):
+    source = open_source("tiny_nested", "train", data_dir=nested_dir, caption_key="captions/text")
+    found = {level(record): record["captions"] for record in everything(source)}
+    assert found == {0: [""], 1: ["text 1 0"], 2: ["text 2 0", "text 2 1"]}
+    assert [source.captions(i) for i in range(3)] == [r["captions"] for r in everything(source)]
+
+
+@pytest.mark.parametrize("key", ["captions", "captions/id", "captions/nothing", "image"])
+def test_features_that_are_no_captions_are_refused(nested_dir, key):
+    with pytest.raises(UserError, match=f"no text or class label feature '{key}'.*captions/text"):
+        open_source("tiny_nested", "train", data_dir=nested_dir, caption_key=key)
+
+
+def test_an_ambiguous_dataset_is_refused(nested_dir, tmp_path):
+    for config in ("small", "large"):
+        shutil.copytree(pathlib.Path(nested_dir) / "tiny_nested", tmp_path / "twice" / config)
+    shutil.copytree(tmp_path / "twice" / "small" / "1.0.0", tmp_path / "cut" / "1.0.0.incompleteX")
+    with pytest.raises(UserError, match="several configs, name one: twice/large, twice/small"):
+        open_source("twice", "train", data_dir=str(tmp_path), caption_key="captions/text")
+    key = {"data_dir": str(tmp_path), "caption_key": "captions/text"}
+    assert len(open_source("twice/small", "train", **key)) == 3
+    with pytest.raises(UserError, match="neither a folder nor a TFDS dataset"):
+        open_source("cut", "train", **key)
+
+
+@pytest.mark.parametrize("template", ["photo", "{x}", "{} {}", "{0.x}", "{"])
+def test_a_template_without_a_place_for_the_caption_is_refused(nested_dir, template):
+    with pytest.raises(UserError, match="caption_template"):
+        open_source("tiny_nested", "train", data_dir=nested_dir, caption_template=template)
+
+
+def test_images_that_no_table_lists_are_counted(tmp_path, monkeypatch):
+    from absl import logging
+
+    said = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
+    for i in range(4):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{i}.png")
+    rows = [json.dumps({"file_name": f"{i}.png", "text": "a"}) + "\n" for i in range(3)]
+    (tmp_path / "metadata.jsonl").write_text("".join(rows))
+    assert len(open_source(str(tmp_path), "train", holdout_share=0.0)) == 2
+    assert said and "1 images" in said[0] and "3.png" in said[0]

@@ -235,3 +235,15 @@ def test_png_round_trip(tmp_path, channels):
 def test_png_whatever_the_file_is_called(tmp_path):
     images.save_png(tmp_path / "image.out", noise(2, 2))
     assert Image.open(tmp_path / "image.out").format == "PNG"
+
+
+def test_photos_taken_sideways_are_turned_upright():
+    image = Image.new("RGB", (20, 40), "red")
+    image.paste("blue", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held to the right: turn by 270 degrees to see it upright
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", exif=exif)
+    upright = images.decode(buffer.getvalue())
+    assert upright.size == (40, 20)
+    assert upright.getpixel((5, 10)) == (255, 0, 0) and upright.getpixel((35, 10)) == (0, 0, 255)

@@ -11,6 +11,7 @@ from latent_diffusion_jax.ldm import LatentDiffusion
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL
 from latent_diffusion_jax.models.text_transformer import TextTransformer
 from latent_diffusion_jax.models.unet import UNet
+from latent_diffusion_jax.sampling import make_txt2img
 from latent_diffusion_jax.training import diffusion_stage
 
 LENGTH = 6
@@ -35,8 +36,9 @@ def make_stage(caption_dropout=0.1, optimizer=None):
         np.arange(2 * LENGTH, dtype=np.int32).reshape(2, LENGTH),
         caption_dropout=caption_dropout,
         ema_decay=0.9,
-        preview_steps=2,
-        preview_guidance_scale=1.5,
+        draw=make_txt2img(LDM, "ddim", 2),
+        guidance_scale=1.5,
+        eta=0.0,
     )
 
 
