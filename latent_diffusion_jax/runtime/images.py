@@ -5,7 +5,7 @@ import math
 import pathlib
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 def decode(data: bytes) -> Image.Image:
@@ -20,6 +20,8 @@ def decode(data: bytes) -> Image.Image:
             raise ValueError(f"{image.width}x{image.height} pixels are too many")
         image.load()
         image = ImageOps.exif_transpose(image)
+    except UnidentifiedImageError as error:
+        raise ValueError("no image in a format that is known") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(str(error) or type(error).__name__) from error
     if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips at 255
