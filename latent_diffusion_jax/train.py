@@ -118,7 +118,7 @@ def train(
     )
     log_summary(shared, config, shapes)
     for name in unfinished:
-        if should_stop():
+        if loop.agree_to_stop(should_stop, step=0):
             logging.info("stopped before the stage %s; the same command goes on from there", name)
             return False
         if name == "first_stage":

@@ -180,7 +180,7 @@ def train_stage(
                     figures["images_per_second"] = rate
                 writer.scalars(step, figures, "train")
                 progress.figures(step, figures["loss"], rate, seconds)
-            stopped = _agree_to_stop(run.should_stop, step)
+            stopped = agree_to_stop(run.should_stop, step)
             if step < num_steps and (stopped or step % run.checkpoint_every == 0):
                 _check_finite(name, step, float(metrics["loss"]))
                 save(step, {})
@@ -231,7 +231,7 @@ class _Clock:
         return seconds
 
 
-def _agree_to_stop(should_stop: Callable[[], bool], step: int) -> bool:
+def agree_to_stop(should_stop: Callable[[], bool], step: int) -> bool:
     """Whether to stop now; processes ask each other, so that all stop at the same step."""
     if jax.process_count() == 1:
         return should_stop()

@@ -77,7 +77,7 @@ def everything(source) -> list:
     return [source[i] for i in range(len(source))]
 
 
-def fails(*parts: str):
+def raises_user_error(*parts: str):
     """Expects a UserError of one line that says each of these."""
     pattern = "".join(f"(?=.*{re.escape(part)})" for part in parts)
     return pytest.raises(UserError, match=rf"^{pattern}[^\n]*$")
@@ -141,7 +141,7 @@ def test_default_data_is_prepared_on_first_use(tmp_path):
 def test_version_after_a_colon(data_dir):
     keys = {"data_dir": data_dir, "caption_key": "caption"}
     assert len(open_source("tiny_captioned:1.0.0", "train", **keys)) == 8
-    with fails("tiny_captioned:2.0.0", "tiny_captioned/1.0.0"):
+    with raises_user_error("tiny_captioned:2.0.0", "tiny_captioned/1.0.0"):
         open_source("tiny_captioned:2.0.0", "train", **keys)
 
 
@@ -157,30 +157,32 @@ def test_newest_version_is_opened(data_dir, tmp_path):
         (folder / "dataset_info.json").write_text(json.dumps(info))
     source = open_source("tiny_captioned", "test", data_dir=str(tmp_path), caption_key="caption")
     assert len(source) == 3
-    with fails("train", "splits: test)"):
+    with raises_user_error("train", "splits: test)"):
         open_source("tiny_captioned", "train", data_dir=str(tmp_path), caption_key="caption")
 
 
 def test_unknown_dataset_names_what_is_there(data_dir):
-    with fails("'imagenet2012'", data_dir, "tiny_captioned/1.0.0", "tiny_labelled/1.0.0"):
+    with raises_user_error(
+        "'imagenet2012'", data_dir, "tiny_captioned/1.0.0", "tiny_labelled/1.0.0"
+    ):
         open_source("imagenet2012", "train", data_dir=data_dir)
 
 
 def test_unknown_dataset_where_nothing_is_there(tmp_path):
-    with fails("'imagenet2012'", str(tmp_path), "none"):
+    with raises_user_error("'imagenet2012'", str(tmp_path), "none"):
         open_source("imagenet2012", "train", data_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize("wrong", ["image_key", "caption_key"])
 def test_unknown_feature_names_the_known_ones(data_dir, wrong):
     keys = {"image_key": "image", "caption_key": "caption", wrong: "nonsense"}
-    with fails("tiny_captioned", "'nonsense'", "caption", "image", f"data.{wrong}"):
+    with raises_user_error("tiny_captioned", "'nonsense'", "caption", "image", f"data.{wrong}"):
         open_source("tiny_captioned", "train", data_dir=data_dir, **keys)
 
 
 @pytest.mark.parametrize("split", ["validation", "train[:1", "train[a:b]"])
 def test_unknown_split_names_the_known_ones(data_dir, split):
-    with fails(repr(split), "train, test"):
+    with raises_user_error(repr(split), "train, test"):
         open_source("tiny_captioned", split, data_dir=data_dir, caption_key="caption")
 
 
@@ -314,24 +316,24 @@ def test_a_small_folder_still_holds_one_image_out(make_folder):
 
 @pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "/nowhere/at/all", "~/nowhere"])
 def test_missing_folder(name):
-    with fails(name, "does not exist"):
+    with raises_user_error(name, "does not exist"):
         open_source(name, "train")
 
 
 def test_empty_folder(make_folder):
     folder = make_folder({"readme.md": "nothing here"})
-    with fails(str(folder), "'train'", "metadata.jsonl", ".txt"):
+    with raises_user_error(str(folder), "'train'", "metadata.jsonl", ".txt"):
         open_source(str(folder), "train")
 
 
 def test_folder_with_one_image_has_nothing_to_train_on(make_folder):
     folder = make_folder(many(1))
-    with fails(str(folder), "'train'"):
+    with raises_user_error(str(folder), "'train'"):
         open_source(str(folder), "train")
 
 
 def test_unknown_split_of_a_folder(make_folder):
-    with fails("'train[:50%]'", "train and test"):
+    with raises_user_error("'train[:50%]'", "train and test"):
         open_source(str(make_folder(many(2))), "train[:50%]")
 
 
@@ -357,7 +359,7 @@ GOOD_ROW = '{"file_name": "a.png", "text": "one"}\n'
 def test_bad_row_is_named_by_file_and_line(make_folder, png, line, said):
     folder = make_folder({"a.png": None, "metadata.jsonl": GOOD_ROW + line + "\n"})
     (folder.parent / "b.png").write_bytes(png())  # there, and still not to be read
-    with fails(f"{folder / 'metadata.jsonl'}, line 2", *said):
+    with raises_user_error(f"{folder / 'metadata.jsonl'}, line 2", *said):
         open_source(str(folder), "train")
 
 
@@ -365,26 +367,26 @@ def test_link_out_of_the_folder(make_folder, tmp_path, png):
     (tmp_path / "secret.png").write_bytes(png())
     folder = make_folder({"metadata.jsonl": GOOD_ROW})
     (folder / "a.png").symlink_to(tmp_path / "secret.png")
-    with fails(f"{folder / 'metadata.jsonl'}, line 1", "'a.png'"):
+    with raises_user_error(f"{folder / 'metadata.jsonl'}, line 1", "'a.png'"):
         open_source(str(folder), "train")
 
 
 def test_image_without_caption(make_folder):
     folder = make_folder({"a.png": None, "a.txt": "one", "sub/b.png": None, "sub/c.png": None})
-    with fails(str(folder), "2 of 3", "sub/b.png", "b.txt"):
+    with raises_user_error(str(folder), "2 of 3", "sub/b.png", "b.txt"):
         open_source(str(folder), "train")
 
 
 def test_caption_file_that_is_not_utf8(make_folder):
     folder = make_folder({"a.png": None, "a.txt": "schön".encode("latin-1")})
-    with fails(str(folder / "a.txt"), "UTF-8"):
+    with raises_user_error(str(folder / "a.txt"), "UTF-8"):
         open_source(str(folder), "train")
 
 
 def test_table_that_is_not_utf8(make_folder):
     row = '{"file_name": "a.png", "text": "schön"}\n'.encode("latin-1")
     folder = make_folder({"a.png": None, "metadata.jsonl": row})
-    with fails(str(folder / "metadata.jsonl"), "UTF-8"):
+    with raises_user_error(str(folder / "metadata.jsonl"), "UTF-8"):
         open_source(str(folder), "train")
 
 
@@ -393,7 +395,7 @@ def test_image_that_vanishes_is_named(make_folder):
     source = open_source(str(folder), "train")
     for path in folder.glob("*.png"):
         path.unlink()
-    with fails(str(folder), ".png"):
+    with raises_user_error(str(folder), ".png"):
         source[0]
 
 
