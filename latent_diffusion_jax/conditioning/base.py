@@ -1,5 +1,6 @@
 """Conditions: what a model is told about the image it is to make."""
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ def drop(inputs: jax.Array, null: jax.Array, keys: jax.Array, rate: float) -> ja
       keys: a random key for each row [B].
       rate: probability of a replacement, in [0, 1].
     """
+    chex.assert_shape(keys, (inputs.shape[0],))
+    chex.assert_shape(null, inputs.shape[1:])
     dropped = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
     dropped = dropped.reshape((-1,) + (1,) * (inputs.ndim - 1))
     return jnp.where(dropped, null[None], inputs)

@@ -1,5 +1,6 @@
 """The denoising objective (DDPM, equation 14; LDM, equation 3)."""
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -24,5 +25,7 @@ def denoising_loss(
       epsilon: standard normal noise of the same shape.
       t: timesteps [B].
     """
+    chex.assert_equal_shape([z_0, epsilon])
+    chex.assert_shape(t, (z_0.shape[0],))
     error = predict_epsilon(add_noise(schedule, z_0, epsilon, t), t) - epsilon
     return jnp.mean(jnp.square(error.astype(jnp.float32)), axis=tuple(range(1, z_0.ndim)))

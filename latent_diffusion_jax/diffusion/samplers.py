@@ -5,6 +5,7 @@ All take the same arguments, so that a new one is a function and a line in `SAMP
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +45,7 @@ def ddim(
     Returns:
       z_0 [B, ...], float32.
     """
+    chex.assert_shape(keys, (z_T.shape[0],))
     alpha_bar = schedule.alphas_cumprod[timesteps]
     alpha_bar_next = np.append(alpha_bar[1:], 1.0)
     # Equation 16: the step's noise at eta = 1.
