@@ -83,7 +83,7 @@ def copy_of_saved(saved, tmp_path):
 
 
 @contextlib.contextmanager
-def fails(directory, step, *parts):
+def raises_user_error(directory, step, *parts):
     """Expects a UserError of one line that names the checkpoint and says these."""
     pattern = "".join(f"(?=.*{part})" for part in parts)
     with pytest.raises(UserError, match=rf"^{pattern}.*{directory}/{step}: [^\n]*$"):
@@ -150,7 +150,7 @@ def test_restore_part_reads_nothing_else(copy_of_saved):
     mesh = mesh_of(jax.devices()[:1])
     found = checkpoints.restore_part(copy_of_saved, 5, {"ema": wanted(mesh).ema})
     assert_same(found, {"ema": init().ema})
-    with fails(copy_of_saved, 5):
+    with raises_user_error(copy_of_saved, 5):
         checkpoints.restore_part(copy_of_saved, 5, {"params": wanted(mesh).params})
 
 
@@ -163,14 +163,14 @@ def test_read_json(saved):
 
 
 def test_missing_json_item(saved):
-    with fails(saved, 5, "tokenizer"):  # saved without one
+    with raises_user_error(saved, 5, "tokenizer"):  # saved without one
         checkpoints.read_json(saved, 5, "tokenizer")
 
 
 def test_damaged_json_item(copy_of_saved):
     for path in (copy_of_saved / "5" / "config").iterdir():
         path.write_text('{"cut off')
-    with fails(copy_of_saved, 5):
+    with raises_user_error(copy_of_saved, 5):
         checkpoints.read_json(copy_of_saved, 5, "config")
 
 
@@ -202,22 +202,22 @@ def test_wrong_shape(saved):
     shapes = wanted(mesh_of(jax.devices()))
     kernel = shapes.params["unet"]["kernel"]
     wrong = jax.ShapeDtypeStruct((1024, 1024), kernel.dtype, sharding=kernel.sharding)
-    with fails(saved, 5, "512", "1024"):
+    with raises_user_error(saved, 5, "512", "1024"):
         restore(saved, 5, changed(shapes, kernel=wrong))
-    with fails(saved, 5, "512", "1024"):
+    with raises_user_error(saved, 5, "512", "1024"):
         checkpoints.restore_part(saved, 5, {"params": changed(shapes, kernel=wrong).params})
 
 
 def test_missing_leaf(saved):
     shapes = wanted(mesh_of(jax.devices()))
     kernel = shapes.params["unet"]["kernel"]
-    with fails(saved, 5, "scale"):
+    with raises_user_error(saved, 5, "scale"):
         restore(saved, 5, changed(shapes, kernel=kernel, scale=kernel))
 
 
 def test_leaf_that_nobody_asked_for(saved):
     shapes = wanted(mesh_of(jax.devices()))
-    with fails(saved, 5, "bias"):
+    with raises_user_error(saved, 5, "bias"):
         restore(saved, 5, shapes.replace(params={"unet": shapes.params["unet"], "conditioner": {}}))
 
 
@@ -225,34 +225,34 @@ def test_missing_leaf_of_a_part(saved):
     shapes = wanted(mesh_of(jax.devices()))
     kernel = shapes.params["unet"]["kernel"]
     asked = changed(shapes, kernel=kernel, scale=kernel)
-    with fails(saved, 5, "scale"):
+    with raises_user_error(saved, 5, "scale"):
         checkpoints.restore_part(saved, 5, {"params": asked.params})
 
 
 def test_missing_part(saved):
-    with fails(saved, 5, "average"):
+    with raises_user_error(saved, 5, "average"):
         checkpoints.restore_part(saved, 5, {"average": wanted(mesh_of(jax.devices())).ema})
 
 
 def test_missing_step(saved):
     shapes = wanted(mesh_of(jax.devices()))
-    with fails(saved, 9):
+    with raises_user_error(saved, 9):
         restore(saved, 9, shapes)
-    with fails(saved, 9):
+    with raises_user_error(saved, 9):
         checkpoints.restore_part(saved, 9, {"ema": shapes.ema})
-    with fails(saved, 9):
+    with raises_user_error(saved, 9):
         checkpoints.read_json(saved, 9, "config")
 
 
 def test_damaged_state(copy_of_saved):
     overwrite_large_files(copy_of_saved / "5")
-    with fails(copy_of_saved, 5):
+    with raises_user_error(copy_of_saved, 5):
         restore(copy_of_saved, 5, wanted(mesh_of(jax.devices())))
 
 
 def test_state_without_its_files(copy_of_saved):
     shutil.rmtree(copy_of_saved / "5" / "state")
-    with fails(copy_of_saved, 5):
+    with raises_user_error(copy_of_saved, 5):
         restore(copy_of_saved, 5, wanted(mesh_of(jax.devices())))
 
 
