@@ -112,7 +112,7 @@ def test_another_configs_workdir_is_refused(trained_workdir, smoke_config):
         train(smoke_config, trained_workdir)
 
 
-def refused(config, tmp_path, match):
+def check_refused(config, tmp_path, match):
     workdir = tmp_path / "run"
     with pytest.raises(UserError, match=match):
         train(config, workdir)
@@ -125,13 +125,19 @@ def test_bad_input_is_refused_before_anything_is_written(smoke_config, tmp_path)
         changed.update_from_flattened_dict(changes)
         return changed
 
-    refused(config(**{"data.name": str(tmp_path / "none")}), tmp_path, "data folder .* not exist")
-    refused(config(**{"data.name": "no_such_data"}), tmp_path, "neither a folder nor a TFDS")
-    refused(config(batch_size=12), tmp_path, r"batch_size=12 is not divisible .*8; 8 or 16 would")
-    refused(config(**{"first_stage.batch_size": 3}), tmp_path, r"first_stage\.batch_size=3")
-    refused(config(**{"mesh.fsdp": 3}), tmp_path, "8 devices cannot be split")
-    refused(config(**{"data.image_size": 33}), tmp_path, r"data\.image_size=33 must be a multiple")
-    refused(config(**{"first_stage.loss.lpips_weights": "none.safetensors"}), tmp_path,
+    check_refused(
+        config(**{"data.name": str(tmp_path / "none")}), tmp_path, "data folder .* not exist"
+    )
+    check_refused(config(**{"data.name": "no_such_data"}), tmp_path, "neither a folder nor a TFDS")
+    check_refused(
+        config(batch_size=12), tmp_path, r"batch_size=12 is not divisible .*8; 8 or 16 would"
+    )
+    check_refused(config(**{"first_stage.batch_size": 3}), tmp_path, r"first_stage\.batch_size=3")
+    check_refused(config(**{"mesh.fsdp": 3}), tmp_path, "8 devices cannot be split")
+    check_refused(
+        config(**{"data.image_size": 33}), tmp_path, r"data\.image_size=33 must be a multiple"
+    )
+    check_refused(config(**{"first_stage.loss.lpips_weights": "none.safetensors"}), tmp_path,
             r"cannot read LPIPS weights none\.safetensors")  # fmt: skip
 
 
@@ -146,7 +152,7 @@ def test_damaged_images_stop_the_run_before_the_first_step(smoke_config, tmp_pat
     (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:60])
     smoke_config.data.name = str(folder)
     smoke_config.data.holdout_share = 0.2
-    refused(smoke_config, tmp_path, r"1 of \d+ images cannot be decoded.*7\.png")
+    check_refused(smoke_config, tmp_path, r"1 of \d+ images cannot be decoded.*7\.png")
     smoke_config.data.max_damaged_share = 0.2
     smoke_config.stages = ("first_stage",)
     assert train(smoke_config, tmp_path / "run")
@@ -217,14 +223,14 @@ def test_lpips_weights_turn_the_perceptual_loss_on(smoke_config, tmp_path):
 
 def test_networks_that_do_not_fit_are_refused_before_the_first_stage(smoke_config, tmp_path):
     smoke_config.tokenizer.vocab_size = 100
-    refused(smoke_config, tmp_path, r"tokenizer\.vocab_size=100 must be at least")
+    check_refused(smoke_config, tmp_path, r"tokenizer\.vocab_size=100 must be at least")
     smoke_config.tokenizer.vocab_size = 512
     with smoke_config.unlocked():
         smoke_config.unet.chanels = 3
-    refused(smoke_config, tmp_path, "unexpected keyword argument 'chanels'")
+    check_refused(smoke_config, tmp_path, "unexpected keyword argument 'chanels'")
     del smoke_config.unet.chanels
     del smoke_config.unet["channels"]
-    refused(smoke_config, tmp_path, r"lacks a key.*unet\.channels")
+    check_refused(smoke_config, tmp_path, r"lacks a key.*unet\.channels")
 
 
 def test_a_workdir_that_cannot_be_made_is_named(smoke_config, tmp_path):
