@@ -32,34 +32,10 @@ def paper() -> ConfigDict:
     config = base.get_config()
 
     # First stage.
-    first = config.first_stage = ConfigDict()
-    first.autoencoder = ConfigDict()
-    first.autoencoder.image_channels = 3
+    first = config.first_stage = base.first_stage("kl")
     first.autoencoder.z_channels = 4
     first.autoencoder.embed_dim = 4
-    first.autoencoder.channels = 128
     first.autoencoder.channel_multipliers = (1, 2, 4, 4)  # f = 8
-    first.autoencoder.num_res_blocks = 2
-    first.autoencoder.attention_levels = ()  # 0 is full resolution
-    first.autoencoder.mid_attention = True
-    first.autoencoder.num_groups = 32
-    first.autoencoder.dtype = "float32"  # of the computation
-    first.discriminator = ConfigDict()
-    first.discriminator.channels = 64
-    first.discriminator.num_layers = 3
-    first.loss = ConfigDict()
-    first.loss.kl_weight = 1e-6
-    first.loss.perceptual_weight = 1.0
-    first.loss.lpips_weights = ""  # a .safetensors file; "": train without the perceptual term
-    first.loss.disc_start = 50_001  # step from which the adversarial term counts
-    first.loss.disc_weight = 0.5
-    first.optimizer = base.optimizer(learning_rate=4.5e-6 * 32)
-    first.optimizer.betas = (0.5, 0.9)
-    first.optimizer.weight_decay = 0.0
-    first.discriminator_optimizer = first.optimizer.copy_and_resolve_references()
-    first.batch_size = 32
-    first.num_steps = 250_000
-    first.scale_examples = 1_024  # images that the latents' scale is measured on
 
     # Second stage.
     config.tokenizer = ConfigDict()
@@ -121,6 +97,7 @@ def digits(config: ConfigDict) -> ConfigDict:
     first.discriminator.channels = 32
     first.discriminator.num_layers = 2
     first.loss.disc_start = 280
+    first.loss.update_order = "together"
     first.optimizer.learning_rate = 2e-3
     first.optimizer.warmup_steps = 50
     first.optimizer.final_fraction = 0.05

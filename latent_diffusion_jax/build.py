@@ -3,7 +3,6 @@
 The keys of a section are the arguments of what it builds.
 """
 
-import pathlib
 from typing import Any
 
 import jax
@@ -20,20 +19,22 @@ from latent_diffusion_jax.data import pipeline
 from latent_diffusion_jax.data.sources import open_source
 from latent_diffusion_jax.diffusion.schedules import make_schedule
 from latent_diffusion_jax.ldm import LatentDiffusion
-from latent_diffusion_jax.models.autoencoder import AutoencoderKL
+from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.models.discriminator import PatchDiscriminator
 from latent_diffusion_jax.models.lpips import LPIPS
 from latent_diffusion_jax.models.text_transformer import TextTransformer
 from latent_diffusion_jax.models.unet import UNet
-from latent_diffusion_jax.runtime import checkpoints, sharding
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.sampling import make_txt2img
 from latent_diffusion_jax.training import autoencoder_stage, diffusion_stage
+from latent_diffusion_jax.training.autoencoder_losses import AutoencoderLosses
+from latent_diffusion_jax.training.codebook import CodebookAverage
 from latent_diffusion_jax.training.optimizer import make_optimizer
 from latent_diffusion_jax.training.state import Stage
 from latent_diffusion_jax.weights import lpips as lpips_weights
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+AUTOENCODERS = {"kl": AutoencoderKL, "vq": AutoencoderVQ}
 
 
 def network_fields(section: ConfigDict) -> dict[str, Any]:
@@ -56,7 +57,9 @@ def data_sources(config: ConfigDict) -> tuple[pipeline.DecodedSource, pipeline.D
         )
         if not len(records):
             raise UserError(f"split {split!r} of data {data.name!r} is empty")
-        source = pipeline.DecodedSource(records, data.max_damaged_share)
+        source = pipeline.DecodedSource(
+            records, data.max_damaged_share, config.first_stage.autoencoder.image_channels
+        )
         source.check(data.check_images, data.num_threads)
         sources.append(source)
     return sources[0], sources[1]
@@ -64,10 +67,14 @@ def data_sources(config: ConfigDict) -> tuple[pipeline.DecodedSource, pipeline.D
 
 def example_maker(config: ConfigDict, tokenizer: tokenizers.Tokenizer | None) -> pipeline.Prepare:
     """How a record becomes an example: `image` and, with a tokenizer, `tokens`."""
-    size, flip = config.data.image_size, config.data.random_flip
+    data = config.data
 
     def prepare(record: dict[str, Any], rng: np.random.Generator | None) -> pipeline.Example:
-        example = {"image": pipeline.image_example(record, rng, size, flip)}
+        example = {
+            "image": pipeline.image_example(
+                record, rng, data.image_size, data.random_flip, data.resize
+            )
+        }
         if tokenizer is not None:
             example["tokens"] = text.caption_tokens(record, rng, tokenizer)
         return example
@@ -75,8 +82,9 @@ def example_maker(config: ConfigDict, tokenizer: tokenizers.Tokenizer | None) ->
     return prepare
 
 
-def autoencoder(config: ConfigDict) -> AutoencoderKL:
-    return AutoencoderKL(**network_fields(config.first_stage.autoencoder))
+def autoencoder(config: ConfigDict) -> AutoencoderKL | AutoencoderVQ:
+    fields = network_fields(config.first_stage.autoencoder)
+    return AUTOENCODERS[config.first_stage.kind](**fields)
 
 
 def perceptual_params(config: ConfigDict) -> Any:
@@ -90,31 +98,38 @@ def perceptual_params(config: ConfigDict) -> Any:
     return lpips_weights.load(weights)
 
 
-def perceptual_distance(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    """LPIPS of two batches of images: [B]."""
-    return LPIPS().apply({"params": params}, x, y)
-
-
 def first_stage(config: ConfigDict) -> Stage:
     """The autoencoder's training stage; `State.frozen` is what `perceptual_params` gives."""
     section = config.first_stage
     num_steps = section.num_steps
     size = config.data.image_size
+    losses = dict(section.loss)
+    lpips_file, lpips_dtype = losses.pop("lpips_weights"), DTYPES[losses.pop("lpips_dtype")]
+    lpips = LPIPS(dtype=lpips_dtype) if lpips_file else None
+
+    def perceptual(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        assert lpips is not None
+        return lpips.apply({"params": params}, x, y)
+
+    codebook_average = None
+    if section.kind == "vq" and section.codebook.decay:
+        codebook_average = CodebookAverage(**section.codebook)
     # The discriminator's schedule counts from its own first update.
     disc_steps = max(num_steps - section.loss.disc_start, 1)
     return autoencoder_stage.make_stage(
         autoencoder(config),
-        PatchDiscriminator(**section.discriminator),
+        PatchDiscriminator(**network_fields(section.discriminator)),
         {
             "autoencoder": make_optimizer(num_steps, **section.optimizer),
             "discriminator": make_optimizer(disc_steps, **section.discriminator_optimizer),
         },
         (size, size, section.autoencoder.image_channels),
-        kl_weight=section.loss.kl_weight,
-        perceptual=perceptual_distance if section.loss.lpips_weights else None,
-        perceptual_weight=section.loss.perceptual_weight,
-        disc_start=section.loss.disc_start,
-        disc_weight=section.loss.disc_weight,
+        AutoencoderLosses(**losses),
+        perceptual=perceptual if lpips is not None else None,
+        trained=section.trained,
+        ema_decay=section.ema_decay,
+        codebook_average=codebook_average,
+        accumulation=section.accumulation,
     )
 
 
@@ -144,40 +159,3 @@ def second_stage(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> Stage:
         guidance_scale=config.sample.guidance_scale,
         eta=config.sample.eta,
     )
-
-
-def first_stage_step(config: ConfigDict, workdir: pathlib.Path) -> int:
-    """Step of a workdir's complete first stage.
-
-    Raises:
-      UserError: there is none.
-    """
-    directory = workdir / "first_stage"
-    step = checkpoints.latest_step(directory)
-    if step is None or step < config.first_stage.num_steps:
-        raise UserError(f"{directory} holds no complete first stage; train it first (stages)")
-    return step
-
-
-def load_first_stage(
-    config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh
-) -> dict[str, Any]:
-    """The frozen parameters `autoencoder` and `scale_factor` of a workdir's first stage.
-
-    Raises:
-      UserError: it is not there, not complete or damaged.
-    """
-    directory, step = workdir / "first_stage", first_stage_step(config, workdir)
-    network, size = autoencoder(config), config.data.image_size
-    images = jax.ShapeDtypeStruct((1, size, size, network.image_channels), np.float32)
-    latent = size // network.downsampling_factor
-    noise = jax.ShapeDtypeStruct((1, latent, latent, network.embed_dim), np.float32)
-    params = jax.eval_shape(network.init, jax.random.key(0), images, noise)["params"]
-    shapes = {"params": {"autoencoder": params}}
-    wanted = checkpoints.abstract(shapes, sharding.state_sharding(shapes, mesh))
-    part = checkpoints.restore_part(directory, step, wanted)
-    scale = np.float32(checkpoints.read_json(directory, step, "info")["scale_factor"])
-    return {
-        "autoencoder": part["params"]["autoencoder"],
-        "scale_factor": jax.device_put(scale, sharding.replicated(mesh)),
-    }

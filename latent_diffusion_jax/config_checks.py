@@ -1,5 +1,6 @@
 """What is wrong with a config, found before anything is built from it or any work is done."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -7,11 +8,20 @@ from ml_collections import ConfigDict
 from latent_diffusion_jax import build
 from latent_diffusion_jax.diffusion.samplers import SAMPLERS
 from latent_diffusion_jax.diffusion.schedules import BETAS
+from latent_diffusion_jax.models.discriminator import NORMS
 from latent_diffusion_jax.runtime.commands import flatten
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.training import autoencoder_losses
+from latent_diffusion_jax.training.autoencoder_stage import TRAINED
 
 STAGES = ("first_stage", "diffusion")
 
+# Keys whose section the config has not are left out: a first stage alone needs no second.
+SECTIONS = {
+    "first_stage": ("first_stage",),
+    "diffusion": ("first_stage", "tokenizer", "text_encoder", "unet", "schedule", "optimizer",
+                  "sample", "caption_dropout", "ema_decay", "batch_size", "num_steps"),
+}  # fmt: skip
 AT_LEAST_ONE = (
     "batch_size",
     "num_steps",
@@ -23,13 +33,16 @@ AT_LEAST_ONE = (
     "data.image_size",
     "data.num_threads",
     "first_stage.batch_size",
+    "first_stage.accumulation",
     "first_stage.num_steps",
     "first_stage.scale_examples",
+    "first_stage.autoencoder.image_channels",
     "first_stage.autoencoder.z_channels",
     "first_stage.autoencoder.embed_dim",
     "first_stage.autoencoder.channels",
     "first_stage.autoencoder.num_res_blocks",
     "first_stage.autoencoder.num_groups",
+    "first_stage.autoencoder.codebook_size",
     "first_stage.discriminator.channels",
     "first_stage.discriminator.num_layers",
     "tokenizer.num_examples",
@@ -51,10 +64,34 @@ IN_UNIT_INTERVAL = (
     "ema_decay",
     "data.holdout_share",
     "data.max_damaged_share",
+    "first_stage.codebook.revive_below",
+    "first_stage.loss.lecam_decay",
     "sample.eta",
 )
+BELOW_ONE = ("first_stage.ema_decay", "first_stage.codebook.decay")
+NOT_NEGATIVE = (
+    "seed",
+    "data.check_images",
+    "first_stage.loss.kl_weight",
+    "first_stage.loss.codebook_weight",
+    "first_stage.loss.beta",
+    "first_stage.loss.perceptual_weight",
+    "first_stage.loss.disc_weight",
+    "first_stage.loss.r1_weight",
+    "first_stage.loss.lecam_weight",
+)
 NAMES: dict[str, Any] = {
+    "first_stage.kind": build.AUTOENCODERS,
+    "first_stage.trained": TRAINED,
     "first_stage.autoencoder.dtype": build.DTYPES,
+    "first_stage.discriminator.dtype": build.DTYPES,
+    "first_stage.discriminator.norm": NORMS,
+    "first_stage.loss.lpips_dtype": build.DTYPES,
+    "first_stage.loss.pixel_loss": autoencoder_losses.PIXEL_LOSSES,
+    "first_stage.loss.reduction": autoencoder_losses.REDUCTIONS,
+    "first_stage.loss.generator_loss": autoencoder_losses.GENERATOR_LOSSES,
+    "first_stage.loss.discriminator_loss": autoencoder_losses.DISCRIMINATOR_LOSSES,
+    "first_stage.loss.update_order": autoencoder_losses.UPDATE_ORDERS,
     "text_encoder.dtype": build.DTYPES,
     "unet.dtype": build.DTYPES,
     "schedule.name": BETAS,
@@ -64,30 +101,129 @@ NAMES: dict[str, Any] = {
 
 def check_config(config: ConfigDict) -> None:
     """Raises UserError, naming the key, for values that could not work."""
-    values = flatten(config)
     try:
-        _check_values(config, values)
+        _check_stages(tuple(config.stages))
+        sections = {section for stage in config.stages for section in SECTIONS[stage]}
+        lacking = sorted(section for section in sections if section not in config)
+        if lacking:
+            raise UserError(
+                f"stages={tuple(config.stages)} need what the config has not: {', '.join(lacking)}"
+            )
+        _check_values(flatten(config))
+        _check_optimizers(config)
+        _check_first_stage(config)
+        if "diffusion" in config.stages:
+            _check_second_stage(config)
     except (KeyError, AttributeError) as error:  # ml_collections names the key
         raise UserError(f"the config lacks a key: {error}") from error
 
 
-def _check_values(config: ConfigDict, values: dict[str, Any]) -> None:
-    for key in AT_LEAST_ONE:
-        if values[key] < 1:
-            raise UserError(f"{key}={values[key]} must be at least 1")
-    for key in ("seed", "data.check_images"):
-        if values[key] < 0:
-            raise UserError(f"{key}={values[key]} must not be negative")
-    for key in IN_UNIT_INTERVAL:
-        if not 0.0 <= values[key] <= 1.0:
-            raise UserError(f"{key}={values[key]} must be in [0, 1]")
+def _check_values(values: dict[str, Any]) -> None:
+    """Values that are wrong by themselves; keys that the config has not are left out."""
+
+    def present(keys: Iterable[str]) -> list[tuple[str, Any]]:
+        return [(key, values[key]) for key in keys if key in values]
+
+    for key, value in present(AT_LEAST_ONE):
+        if value < 1:
+            raise UserError(f"{key}={value} must be at least 1")
+    for key, value in present(NOT_NEGATIVE):
+        if value < 0:
+            raise UserError(f"{key}={value} must not be negative")
+    for key, value in present(IN_UNIT_INTERVAL):
+        if not 0.0 <= value <= 1.0:
+            raise UserError(f"{key}={value} must be in [0, 1]")
+    for key, value in present(BELOW_ONE):
+        if not 0.0 <= value < 1.0:
+            raise UserError(f"{key}={value} must be at least 0 and below 1")
     for key, known in NAMES.items():
-        if values[key] not in known:
+        if key in values and values[key] not in known:
             raise UserError(f"unknown {key} {values[key]!r}; known: {', '.join(known)}")
-    _check_stages(tuple(config.stages))
-    for name in ("optimizer", "first_stage.optimizer", "first_stage.discriminator_optimizer"):
-        if len(values[f"{name}.betas"]) != 2:
-            raise UserError(f"{name}.betas={values[f'{name}.betas']} must be two numbers")
+
+
+def _check_stages(stages: tuple[str, ...]) -> None:
+    if not stages or set(stages) - set(STAGES):
+        raise UserError(f"stages={stages}; known stages: {', '.join(STAGES)}")
+    ordered = tuple(name for name in STAGES if name in stages)
+    if stages != ordered:
+        raise UserError(f"stages={stages} must be in the order {ordered}")
+
+
+def _check_optimizers(config: ConfigDict) -> None:
+    values = flatten(config)
+    for key, betas in values.items():
+        if key.endswith("optimizer.betas") and len(betas) != 2:
+            raise UserError(f"{key}={betas} must be two numbers")
+
+
+def _check_network(name: str, section: ConfigDict) -> None:
+    """Sizes of an autoencoder or a UNet that must fit one another."""
+    multipliers = tuple(section.channel_multipliers)
+    if not multipliers or not all(isinstance(m, int) and m > 0 for m in multipliers):
+        raise UserError(
+            f"{name}.channel_multipliers={multipliers} must be positive numbers, one a level"
+        )
+    levels = range(len(multipliers))
+    if set(section.attention_levels) - set(levels):
+        raise UserError(
+            f"{name}.attention_levels={section.attention_levels} must be among {tuple(levels)}"
+        )
+    widths = [section.channels * multiplier for multiplier in multipliers]
+    if any(width % section.num_groups for width in (section.channels, *widths)):
+        raise UserError(f"{name}.num_groups={section.num_groups} must divide {widths}")
+
+
+def _check_first_stage(config: ConfigDict) -> None:
+    first, size = config.first_stage, config.data.image_size
+    network, loss = first.autoencoder, first.loss
+    _check_network("first_stage.autoencoder", network)
+    if config.data.resize not in (0, -1) and config.data.resize < size:
+        raise UserError(
+            f"data.resize={config.data.resize} must be 0 (the crop's size), -1 (images as they "
+            f"are) or at least data.image_size={size}"
+        )
+    factor = 2 ** (len(network.channel_multipliers) - 1)
+    if size % factor:
+        raise UserError(
+            f"data.image_size={size} must be a multiple of {factor}, by which the autoencoder "
+            "divides it"
+        )
+    if first.batch_size % first.accumulation:
+        raise UserError(
+            f"first_stage.accumulation={first.accumulation} must divide first_stage.batch_size="
+            f"{first.batch_size}"
+        )
+    if loss.disc_weight and size // 2**first.discriminator.num_layers < 3:
+        raise UserError(
+            f"data.image_size={size} is too small for a discriminator of "
+            f"first_stage.discriminator.num_layers={first.discriminator.num_layers}"
+        )
+    if loss.lpips_weights and (network.image_channels != 3 or size < 16):
+        raise UserError(
+            f"first_stage.loss.lpips_weights: LPIPS compares images of 3 channels and at least 16 "
+            f"pixels, these have {network.image_channels} and {size}"
+        )
+    if first.trained == "decoder" and not first.init_from:
+        raise UserError(
+            "first_stage.trained='decoder' needs first_stage.init_from: a workdir, a diffusers "
+            "folder or a CompVis file with the autoencoder to finetune"
+        )
+    if first.kind == "vq":
+        levels, averaged = tuple(network.levels), first.codebook.decay > 0
+        if levels and (len(levels) != network.embed_dim or min(levels) < 2):
+            raise UserError(
+                f"first_stage.autoencoder.levels={levels} must be "
+                f"first_stage.autoencoder.embed_dim={network.embed_dim} numbers, at least 2 each"
+            )
+        if averaged and (levels or first.trained == "decoder"):
+            raise UserError(
+                f"first_stage.codebook.decay={first.codebook.decay} needs a codebook that learns: "
+                "no first_stage.autoencoder.levels, and first_stage.trained='all'"
+            )
+
+
+def _check_second_stage(config: ConfigDict) -> None:
+    unet, size = config.unet, config.data.image_size
     low, high = config.schedule.beta_start, config.schedule.beta_end
     if not 0.0 < low <= high < 1.0:
         raise UserError(f"schedule: 0 < beta_start={low} <= beta_end={high} < 1 does not hold")
@@ -103,48 +239,14 @@ def _check_values(config: ConfigDict, values: dict[str, Any]) -> None:
         )
     if not config.sample.prompts:
         raise UserError("sample.prompts is empty; previews need at least one prompt")
-    _check_networks(config)
-
-
-def _check_stages(stages: tuple[str, ...]) -> None:
-    if not stages or set(stages) - set(STAGES):
-        raise UserError(f"stages={stages}; known stages: {', '.join(STAGES)}")
-    ordered = tuple(name for name in STAGES if name in stages)
-    if stages != ordered:
-        raise UserError(f"stages={stages} must be in the order {ordered}")
-
-
-def _check_networks(config: ConfigDict) -> None:
-    """Sizes that must divide one another."""
-    first, unet, size = config.first_stage, config.unet, config.data.image_size
-    for name, section in (("first_stage.autoencoder", first.autoencoder), ("unet", unet)):
-        multipliers = tuple(section.channel_multipliers)
-        if not multipliers or not all(isinstance(m, int) and m > 0 for m in multipliers):
-            raise UserError(
-                f"{name}.channel_multipliers={multipliers} must be positive numbers, one a level"
-            )
-        levels = range(len(section.channel_multipliers))
-        if set(section.attention_levels) - set(levels):
-            raise UserError(
-                f"{name}.attention_levels={section.attention_levels} must be among {tuple(levels)}"
-            )
-        widths = [section.channels * multiplier for multiplier in section.channel_multipliers]
-        if any(width % section.num_groups for width in (section.channels, *widths)):
-            raise UserError(f"{name}.num_groups={section.num_groups} must divide {widths}")
-    factor = build.autoencoder(config).downsampling_factor
+    _check_network("unet", unet)
+    factor = 2 ** (len(config.first_stage.autoencoder.channel_multipliers) - 1)
     deeper = 2 ** (len(unet.channel_multipliers) - 1)
     if size % (factor * deeper):
         raise UserError(
             f"data.image_size={size} must be a multiple of {factor * deeper}: the autoencoder "
             f"divides it by {factor}, the UNet by {deeper} more"
         )
-    if size // 2**first.discriminator.num_layers < 3:
-        raise UserError(
-            f"data.image_size={size} is too small for a discriminator of "
-            f"first_stage.discriminator.num_layers={first.discriminator.num_layers}"
-        )
-    if first.autoencoder.image_channels != 3:
-        raise UserError("first_stage.autoencoder.image_channels must be 3: images are read as RGB")
     attended = [unet.channels * unet.channel_multipliers[i] for i in (*unet.attention_levels, -1)]
     if any(width % unet.head_dim for width in attended):
         raise UserError(f"unet.head_dim={unet.head_dim} must divide the attended widths {attended}")

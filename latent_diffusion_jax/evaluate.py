@@ -2,7 +2,7 @@ r"""Measures a trained model: reconstructions, and samples against real images.
 
   python -m latent_diffusion_jax.evaluate --workdir=runs/digits
 
-Prints and writes to WORKDIR/evaluation.json:
+prints and writes to WORKDIR/evaluation.json:
   psnr               of the first stage on the held-out images, in dB
   prompt_accuracy    share of samples that a classifier, fitted on the real training images, reads
                      as what their prompt names (data with class labels only), beside
@@ -10,6 +10,18 @@ Prints and writes to WORKDIR/evaluation.json:
   precision, recall  k-nearest-neighbour precision (samples among the training images) and recall
                      (held-out images among the samples), on grey pixels
 and the first samples to WORKDIR/evaluation.png.
+
+Where the workdir has a first stage alone, that is measured on the held-out images; and so is any
+autoencoder, ours, diffusers' or CompVis', with
+
+  python -m latent_diffusion_jax.evaluate --first_stage=PATH --data_name=FOLDER --image_size=256 \
+      --lpips_weights=FILE --inception_weights=FILE --out=FOLDER
+
+  psnr, ssim, lpips  of its reconstructions: mean over the images, and standard deviation (*_std)
+  rfid               Frechet Inception distance of reconstructions and originals; it falls with
+                     the number of images (the literature has 50,000)
+  codebook_usage, codebook_perplexity    of a VQ autoencoder, over all images
+and evaluation.png has originals beside their reconstructions.
 """
 
 import pathlib
@@ -19,41 +31,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from PIL import Image
+from ml_collections import ConfigDict
 
-from latent_diffusion_jax import build, pipelines
-from latent_diffusion_jax.data.pipeline import DecodedSource, image_example
+from latent_diffusion_jax import build, first_stages, pipelines
+from latent_diffusion_jax.data.pipeline import DecodedSource
+from latent_diffusion_jax.data.sources import open_source
+from latent_diffusion_jax.evaluation import reconstruction
 from latent_diffusion_jax.evaluation.precision_recall import precision_recall
 from latent_diffusion_jax.evaluation.prompt_accuracy import balanced_prompts, fit_reader
 from latent_diffusion_jax.evaluation.psnr import psnr
-from latent_diffusion_jax.runtime import checkpoints, images, loggers
+from latent_diffusion_jax.evaluation.real_images import grey_features, read_split
+from latent_diffusion_jax.runtime import checkpoints, images, loggers, sharding
 from latent_diffusion_jax.runtime.commands import run
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.training.state import to_float
+from latent_diffusion_jax.weights import inception as inception_weights
+from latent_diffusion_jax.weights import lpips as lpips_weights
 
 FLAGS = flags.FLAGS
 
-FEATURE_SIZE = 32  # pixels: side of the grey images that are compared
 NEIGHBOURS = 3
-
-
-def read_split(source: DecodedSource, size: int, limit: int) -> tuple[np.ndarray, list, np.ndarray]:
-    """Images uint8 [N, size, size, 3], captions and labels (-1: none) of a split's first images."""
-    pixels, captions, labels = [], [], []
-    for i in range(min(len(source), limit)):
-        record = source[i]
-        pixels.append(image_example(record, None, size, random_flip=False))
-        captions.append(record["captions"])
-        labels.append(-1 if record["label"] is None else record["label"])
-    return np.stack(pixels), captions, np.array(labels)
-
-
-def grey_features(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [N, H, W, 3] -> grey levels in [0, 1] at 32x32, float64 [N, 1024]."""
-    size = (FEATURE_SIZE, FEATURE_SIZE)
-    grey = [Image.fromarray(image).convert("L").resize(size, Image.Resampling.BOX)
-            for image in pixels]  # fmt: skip
-    return np.stack([np.asarray(image, np.float64).ravel() for image in grey]) / 255.0
+MAX_REAL = 10_000  # real images of each split that samples are compared with
+BATCH_PER_DEVICE = 8  # images that a device reconstructs at once
+OTHER_DATA = {  # a config's `data` section for data that no config speaks of
+    "name": "",
+    "data_dir": "",
+    "image_key": "image",
+    "test_split": "test",
+    "holdout_share": 1.0,  # of a folder without a test subfolder: all of it
+    "image_size": 0,
+    "resize": 0,
+    "max_damaged_share": 0.01,
+}
+SAMPLING = ("num_samples", "seed", "steps", "guidance_scale", "sampler")  # flags for both stages
+FIRST_STAGE = (  # flags for a first stage alone
+    "data_name",
+    "data_dir",
+    "image_key",
+    "split",
+    "image_size",
+    "batch_size",
+    "lpips_weights",
+    "inception_weights",
+)
 
 
 def reconstruct(pipe: pipelines.Pipeline, pixels: np.ndarray) -> np.ndarray:
@@ -76,7 +96,7 @@ def reconstruct(pipe: pipelines.Pipeline, pixels: np.ndarray) -> np.ndarray:
 def evaluate(
     workdir: pathlib.Path, num_samples: int, max_real: int, seed: int, **sampling: Any
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """The figures that the module's docstring lists, and the samples, uint8 [N, H, W, 3].
+    """Both stages' figures, as the module's docstring lists them, and the samples.
 
     Args:
       workdir: folder that `train` wrote.
@@ -84,6 +104,9 @@ def evaluate(
       max_real: real images of each split to use.
       seed: of the first sample.
       **sampling: passed on to `Pipeline.__call__`.
+
+    Returns:
+      Figures, and samples uint8 [N, H, W, C].
     """
     pipe = pipelines.load(workdir)
     train_source, test_source = build.data_sources(pipe.config)
@@ -131,34 +154,196 @@ def evaluate(
     return figures, samples
 
 
+def data_to_measure(config: ConfigDict | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Keys of a `data` section: what is given, else the config's for its own data, else defaults.
+
+    Args:
+      config: that a first stage was trained with; None for foreign checkpoints.
+      given: some of the keys; None is not given.
+    """
+    data = dict(OTHER_DATA)
+    if config is not None:
+        own = given["name"] in (None, config.data.name)
+        data |= {key: config.data[key] for key in (data if own else ("data_dir", "image_size"))}
+        if given["image_size"] not in (None, data["image_size"]):
+            data["resize"] = 0  # which goes with the config's size
+    return data | {key: value for key, value in given.items() if value is not None}
+
+
+def evaluate_first_stage(
+    path: pathlib.Path,
+    data: dict[str, Any],
+    *,
+    max_real: int | None = None,
+    batch_size: int | None = None,
+    lpips_file: str | None = None,
+    inception_file: str | None = None,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """A first stage's figures, as the module's docstring lists them, and reconstructions.
+
+    Args:
+      path: a workdir, or a foreign checkpoint, see `first_stages.open_first_stage`.
+      data: the keys `name`, `data_dir`, `image_key`, `test_split` (which is measured) and
+        `image_size` of a config's `data`; None is the config's, or a default. Captions are not
+        needed, and a folder that is not the config's is used whole.
+      max_real: images to use; None is all.
+      batch_size: images reconstructed at once.
+      lpips_file: see `weights.lpips`; None is the config's, "" leaves LPIPS out.
+      inception_file: see `weights.inception`; None or "" leaves rFID out.
+
+    Returns:
+      Figures, and pairs of original and reconstruction uint8 [2 * N, H, W, C].
+
+    Raises:
+      UserError: what is needed is not given, not there or damaged.
+    """
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    stage = first_stages.open_first_stage(path, mesh)
+    data = data_to_measure(stage.config, data)
+    missing = [key for key in ("name", "image_size") if not data[key]]
+    if missing:
+        flag = {"name": "--data_name=FOLDER (or a TFDS dataset)", "image_size": "--image_size=N"}
+        raise UserError(
+            f"nothing says what {path} is to be measured on; give "
+            f"{' and '.join(flag[key] for key in missing)}"
+        )
+    if lpips_file is None and stage.config is not None:
+        lpips_file = stage.config.first_stage.loss.lpips_weights
+    # Before anything large is read.
+    judged = bool(lpips_file or inception_file)
+    reconstruction.check(stage.network, data["image_size"], judged=judged)
+    records = open_source(
+        data["name"],
+        data["test_split"],
+        data_dir=data["data_dir"] or None,
+        image_key=data["image_key"],
+        caption_key="",
+        holdout_share=data["holdout_share"],
+    )
+    if not len(records):
+        raise UserError(f"split {data['test_split']!r} of data {data['name']!r} is empty")
+    source = DecodedSource(records, data["max_damaged_share"], stage.network.image_channels)
+    num_images = min(len(source), max_real or len(source))
+    figures, pairs = reconstruction.measure_reconstructions(
+        stage.network,
+        stage.params,
+        source,
+        mesh,
+        image_size=data["image_size"],
+        resize=data["resize"],
+        num_images=num_images,
+        batch_size=batch_size or BATCH_PER_DEVICE * mesh.size,
+        lpips_params=lpips_weights.load(lpips_file) if lpips_file else None,
+        inception_params=inception_weights.load(inception_file) if inception_file else None,
+    )
+    settings = {
+        "first_stage": str(path),
+        "data_name": data["name"],
+        "split": data["test_split"],
+        "image_size": data["image_size"],
+        "images": num_images,
+        "damaged_images": len(source.damaged),
+    }
+    return {**figures, "settings": settings}, pairs
+
+
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "Folder that train wrote.", required=True)
+    flags.DEFINE_string("workdir", None, "Folder that train wrote.")
+    flags.DEFINE_string("first_stage", None, "Measure an autoencoder: a workdir, or a checkpoint.")
+    flags.DEFINE_string("out", None, "Folder for the results; default the workdir.")
+    flags.DEFINE_integer("max_real", None, "Real images of each split to use.", lower_bound=10)
     flags.DEFINE_integer("num_samples", 500, "Images to draw.", lower_bound=10)
-    flags.DEFINE_integer("max_real", 10_000, "Real images of each split to use.", lower_bound=10)
     flags.DEFINE_integer("seed", 0, "Seed of the first sample; the next ones count up from it.")
     flags.DEFINE_integer("steps", None, "Sampling steps; default from the config.", lower_bound=1)
     flags.DEFINE_float("guidance_scale", None, "1 is no guidance; default from the config.")
     flags.DEFINE_string("sampler", None, "ddim or ddpm; default from the config.")
+    flags.DEFINE_string("data_name", None, "Folder or TFDS dataset; default the config's.")
+    flags.DEFINE_string("data_dir", None, "Where TFDS keeps its datasets.")
+    flags.DEFINE_string("image_key", None, "TFDS feature with the image.")
+    flags.DEFINE_string("split", None, "Split of the data; default the held-out one.")
+    flags.DEFINE_integer("image_size", None, "Pixels; default the config's.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", None, "Images reconstructed at once.", lower_bound=1)
+    flags.DEFINE_string("lpips_weights", None, "LPIPS weights; default the config's, '' for none.")
+    flags.DEFINE_string("inception_weights", None, "pt_inception-2015-12-05-6726825d.pth, for rFID")
+
+
+def what_to_measure(
+    workdir: str | None, first_stage: str | None, out: str | None, given: list[str]
+) -> tuple[pathlib.Path, pathlib.Path, bool]:
+    """What the flags ask for.
+
+    Args:
+      workdir: value of the flag.
+      first_stage: value of the flag.
+      out: value of the flag.
+      given: names of all flags that are set.
+
+    Returns:
+      What is measured, the folder for the results, whether a first stage alone is meant.
+
+    Raises:
+      UserError: the flags do not go together.
+    """
+    if bool(workdir) == bool(first_stage):
+        raise UserError("give one of --workdir=FOLDER and --first_stage=PATH")
+    path = pathlib.Path(workdir or first_stage or "").expanduser().absolute()
+    has_both = checkpoints.latest_step(path / "diffusion") is not None
+    has_first = first_stages.is_workdir(path)
+    alone = bool(first_stage) or (has_first and not has_both)
+    for name in given:
+        if alone and name in SAMPLING:
+            raise UserError(f"--{name} is about samples, which a first stage does not draw")
+        if not alone and name in FIRST_STAGE:
+            raise UserError(
+                f"--{name} is for measuring a first stage alone; for that of this workdir, give "
+                f"--first_stage={path}"
+            )
+    if first_stage and not out and (has_both or not has_first):
+        raise UserError(
+            f"the results of --first_stage={path} need a place of their own, as it is no workdir "
+            "with a first stage alone; give --out=FOLDER"
+        )
+    return path, pathlib.Path(out).expanduser().absolute() if out else path, alone
 
 
 def main() -> None:
     loggers.set_up_logging()
-    workdir = pathlib.Path(FLAGS.workdir).expanduser().absolute()
-    figures, samples = evaluate(
-        workdir,
-        FLAGS.num_samples,
-        FLAGS.max_real,
-        FLAGS.seed,
-        steps=FLAGS.steps,
-        guidance_scale=FLAGS.guidance_scale,
-        sampler=FLAGS.sampler,
-    )
-    checkpoints.write_json(workdir / "evaluation.json", figures)
-    shown = np.linspace(0, len(samples) - 1, min(100, len(samples)), dtype=int)
-    images.save_png(workdir / "evaluation.png", images.grid(samples[shown], columns=10))
+    given = [name for name in (*SAMPLING, *FIRST_STAGE) if FLAGS[name].present]
+    path, out, alone = what_to_measure(FLAGS.workdir, FLAGS.first_stage, FLAGS.out, given)
+    if alone:
+        figures, shown = evaluate_first_stage(
+            path,
+            {
+                "name": FLAGS.data_name,
+                "data_dir": FLAGS.data_dir,
+                "image_key": FLAGS.image_key,
+                "test_split": FLAGS.split,
+                "image_size": FLAGS.image_size,
+            },
+            max_real=FLAGS.max_real,
+            batch_size=FLAGS.batch_size,
+            lpips_file=FLAGS.lpips_weights,
+            inception_file=FLAGS.inception_weights,
+        )
+        picture = images.grid(shown, columns=8)
+    else:
+        figures, samples = evaluate(
+            path,
+            FLAGS.num_samples,
+            FLAGS.max_real or MAX_REAL,
+            FLAGS.seed,
+            steps=FLAGS.steps,
+            guidance_scale=FLAGS.guidance_scale,
+            sampler=FLAGS.sampler,
+        )
+        chosen = np.linspace(0, len(samples) - 1, min(100, len(samples)), dtype=int)
+        picture = images.grid(samples[chosen], columns=10)
+    if jax.process_index() == 0:
+        images.save_png(out / "evaluation.png", picture)  # makes the folder
+        checkpoints.write_json(out / "evaluation.json", figures)
     for name, value in figures.items():
         print(f"{name:16}", f"{value:.4f}" if isinstance(value, float) else value)
-    print(f"-> {workdir / 'evaluation.json'}, evaluation.png")
+    print(f"-> {out / 'evaluation.json'}, evaluation.png")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from latent_diffusion_jax.conditioning.base import Cond
 from latent_diffusion_jax.diffusion.schedules import NoiseSchedule
-from latent_diffusion_jax.models.autoencoder import AutoencoderKL
+from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.models.unet import UNet
 
 Params = Any
@@ -26,7 +26,7 @@ class LatentDiffusion:
     The parameters are one dict with the keys `autoencoder`, `scale_factor`, `conditioner`, `unet`.
     """
 
-    autoencoder: AutoencoderKL
+    autoencoder: AutoencoderKL | AutoencoderVQ
     conditioner: nn.Module  # token ids [B, L] -> context [B, L, D]
     unet: UNet
     schedule: NoiseSchedule

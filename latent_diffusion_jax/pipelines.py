@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 from ml_collections import ConfigDict
 
-from latent_diffusion_jax import build
+from latent_diffusion_jax import build, first_stages
 from latent_diffusion_jax.conditioning import text
 from latent_diffusion_jax.conditioning import tokenizers as captions
 from latent_diffusion_jax.ldm import LatentDiffusion
@@ -141,5 +141,5 @@ def load(workdir: str | pathlib.Path) -> Pipeline:
     average = checkpoints.restore_part(
         directory, step, checkpoints.abstract(shapes, sharding.state_sharding(shapes, mesh))
     )["ema"]
-    frozen = build.load_first_stage(config, workdir, mesh)
+    frozen = first_stages.load_frozen(config, workdir, mesh)
     return Pipeline(config, ldm, frozen | average, tokenizer)

@@ -8,6 +8,7 @@ was. Overrides: --config.optimizer.learning_rate=1e-4; variants: --config=config
 Ctrl-C or SIGTERM finishes the step, saves, says how to go on and exits with 130 or 143.
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -21,14 +22,15 @@ import tokenizers
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from latent_diffusion_jax import build
+from latent_diffusion_jax import build, first_stages
 from latent_diffusion_jax.conditioning import tokenizers as captions
 from latent_diffusion_jax.config_checks import check_config
 from latent_diffusion_jax.data.sources import Source
+from latent_diffusion_jax.first_stages import FirstStage
 from latent_diffusion_jax.runtime import checkpoints, loggers, sharding, trees
 from latent_diffusion_jax.runtime.commands import StopRequest, flatten, run
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
-from latent_diffusion_jax.training import loop
+from latent_diffusion_jax.training import autoencoder_stage, loop
 from latent_diffusion_jax.training.state import Stage, State, to_float
 
 FLAGS = flags.FLAGS
@@ -67,10 +69,11 @@ def train(
         check_config(config)
     mesh = sharding.make_mesh(dict(config.mesh))
     for key in ("batch_size", "first_stage.batch_size"):
-        sharding.check_batch_size(flatten(config)[key], mesh, key)
+        if key in flatten(config):
+            sharding.check_batch_size(flatten(config)[key], mesh, key)
     as_json = json.loads(config.to_json())
     check_workdir(as_json, workdir)
-    num_steps = {"first_stage": config.first_stage.num_steps, "diffusion": config.num_steps}
+    num_steps = {"first_stage": config.first_stage.num_steps, "diffusion": config.get("num_steps")}
     last = {name: checkpoints.latest_step(workdir / name) or 0 for name in config.stages}
     unfinished = [name for name in config.stages if last[name] < num_steps[name]]
     for name in config.stages:
@@ -78,8 +81,7 @@ def train(
             logging.info("%s: complete at step %d, nothing to do", name, last[name])
     if not unfinished:
         return True
-    if "first_stage" not in unfinished:
-        build.first_stage_step(config, workdir)  # says so where it is not complete
+    start = starting_point(config, workdir, unfinished, mesh)
     train_source, test_source = build.data_sources(config)
 
     # All stages are built, as shapes, before the first one is trained.
@@ -117,12 +119,14 @@ def train(
         keep_checkpoints=config.keep_checkpoints,
     )
     log_summary(shared, config, shapes)
+    if start is not None and "first_stage" not in unfinished:
+        adopt_first_stage(shared, config, start)
     for name in unfinished:
         if loop.agree_to_stop(should_stop, step=0):
             logging.info("stopped before the stage %s; the same command goes on from there", name)
             return False
         if name == "first_stage":
-            finished = train_first_stage(shared, config, stages[name], perceptual)
+            finished = train_first_stage(shared, config, stages[name], perceptual, start)
         else:
             assert tokenizer is not None
             finished = train_diffusion(shared, config, stages[name], tokenizer)
@@ -170,50 +174,94 @@ def log_summary(shared: loop.Run, config: ConfigDict, shapes: dict[str, State]) 
         *(len(shared.train_source), len(shared.test_source)),
         len(shared.train_source.damaged) + len(shared.test_source.damaged),
     )
-    batch = {"first_stage": config.first_stage.batch_size, "diffusion": config.batch_size}
+    batch = {"first_stage": config.first_stage.batch_size, "diffusion": config.get("batch_size")}
     for name, state in shapes.items():
         counts = ", ".join(f"{key} {trees.count(part):,}" for key, part in state.params.items())
         logging.info("%s: batch %d; parameters: %s", name, batch[name], counts)
 
 
-def train_first_stage(shared: loop.Run, config: ConfigDict, stage: Stage, perceptual: Any) -> bool:
-    """Trains the autoencoder, then measures the scale of its latents.
+def starting_point(
+    config: ConfigDict, workdir: pathlib.Path, unfinished: list[str], mesh: jax.sharding.Mesh
+) -> FirstStage | None:
+    """The autoencoder of `first_stage.init_from` where this call needs it.
 
-    `perceptual` is what `build.perceptual_params` gave.
+    Raises:
+      UserError: it is another network than the config's, or there is none where one is needed.
     """
-    section, network = config.first_stage, build.autoencoder(config)
-    prepare = build.example_maker(config, None)
-    everywhere = sharding.replicated(shared.mesh)
+    started = checkpoints.latest_step(workdir / "first_stage") is not None
+    needed = "first_stage" in unfinished or not started
+    if started or not config.first_stage.init_from:
+        if "first_stage" not in unfinished:
+            first_stages.complete_step(config, workdir)
+        return None
+    assert needed
+    path = pathlib.Path(config.first_stage.init_from).expanduser()
+    found = first_stages.open_first_stage(path, mesh)
+    first_stages.check_same_network(config, found, path)
+    logging.info("first_stage: starts from %s", path)
+    return found
 
+
+def measure_scale(shared: loop.Run, config: ConfigDict, network: Any, params: Any) -> float:
+    """1 / standard deviation of the latents over training images (LDM, appendix G)."""
+    section = config.first_stage
+    prepare = build.example_maker(config, None)
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(shared.mesh))
     def moments(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         """Mean and mean square of each image's latents, [B]."""
         z = network.apply({"params": params}, to_float(batch["image"]), method="encode").mean
         return z.mean((1, 2, 3)), (z**2).mean((1, 2, 3))
 
-    def measure_scale(state: State) -> dict[str, Any]:
-        """1 / standard deviation of the latents over training images (LDM, appendix G)."""
-        measure = jax.jit(moments, out_shardings=everywhere)
-        totals, count = np.zeros(2), 0
-        for batch, valid in loop.in_order(
-            shared.train_source, prepare, shared.mesh, section.batch_size, section.scale_examples
-        ):
-            found = measure(state.params["autoencoder"], batch)
-            totals += [np.asarray(x, np.float64)[:valid].sum() for x in found]
-            count += valid
-        mean, mean_square = totals / count
-        std = math.sqrt(mean_square - mean**2)
-        logging.info("first_stage: latents' std %.4g, so scale factor %.4g", std, 1 / std)
-        return {"scale_factor": 1 / std}
+    totals, count = np.zeros(2), 0
+    for batch, valid in loop.in_order(
+        shared.train_source, prepare, shared.mesh, section.batch_size, section.scale_examples
+    ):
+        found = moments(params, batch)
+        totals += [np.asarray(x, np.float64)[:valid].sum() for x in found]
+        count += valid
+    mean, mean_square = totals / count
+    std = math.sqrt(mean_square - mean**2)
+    logging.info("first_stage: latents' std %.4g, so scale factor %.4g", std, 1 / std)
+    return 1 / std
+
+
+def adopt_first_stage(shared: loop.Run, config: ConfigDict, start: FirstStage) -> None:
+    """Puts a first stage from elsewhere into the workdir, with the scale of its latents."""
+    scale = start.scale_factor
+    if scale is None:
+        scale = measure_scale(shared, config, start.network, start.params)
+    first_stages.adopt(config, shared.workdir, start.params, scale)
+
+
+def train_first_stage(
+    shared: loop.Run, config: ConfigDict, stage: Stage, perceptual: Any, start: FirstStage | None
+) -> bool:
+    """Trains the autoencoder, then measures the scale of its latents.
+
+    `perceptual` is what `build.perceptual_params` gave, `start` what `starting_point` gave.
+    """
+    section, network = config.first_stage, build.autoencoder(config)
+
+    def at_start(state: State) -> State:
+        return state if start is None else autoencoder_stage.start_from(state, start.params)
+
+    def at_end(state: State) -> dict[str, Any]:
+        if start is not None and section.trained == "decoder" and start.scale_factor is not None:
+            return {"scale_factor": start.scale_factor}  # the latents are the same
+        params = (state.ema or state.params)["autoencoder"]
+        return {"scale_factor": measure_scale(shared, config, network, params)}
 
     return loop.train_stage(
         shared,
         "first_stage",
         stage,
-        prepare,
+        build.example_maker(config, None),
         batch_size=section.batch_size,
         num_steps=section.num_steps,
-        frozen=jax.device_put(perceptual, everywhere),
-        at_end=measure_scale,
+        frozen=jax.device_put(perceptual, sharding.replicated(shared.mesh)),
+        at_start=at_start,
+        at_end=at_end,
     )
 
 
@@ -228,7 +276,7 @@ def train_diffusion(
         build.example_maker(config, tokenizer),
         batch_size=config.batch_size,
         num_steps=config.num_steps,
-        frozen=build.load_first_stage(config, shared.workdir, shared.mesh),
+        frozen=first_stages.load_frozen(config, shared.workdir, shared.mesh),
         tokenizer=json.loads(tokenizer.to_str()),
     )
 

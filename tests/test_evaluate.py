@@ -10,6 +10,7 @@ import pytest
 
 from latent_diffusion_jax import build, evaluate
 from latent_diffusion_jax.evaluation.precision_recall import precision_recall
+from latent_diffusion_jax.evaluation.real_images import grey_features, read_split
 from latent_diffusion_jax.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -41,8 +42,8 @@ def test_samples_must_divide_by_the_classes(trained_workdir):
 
 def test_real_images_in_the_samples_place_are_rated_high(smoke_config):
     train, test = build.data_sources(smoke_config)
-    real = evaluate.grey_features(evaluate.read_split(train, 32, 10_000)[0])
-    held_out = evaluate.grey_features(evaluate.read_split(test, 32, 10_000)[0])
+    real = grey_features(read_split(train, 32, 10_000)[0])
+    held_out = grey_features(read_split(test, 32, 10_000)[0])
     chosen = np.random.default_rng(0).permutation(len(real))
     precision, recall = precision_recall(real[chosen[500:]], held_out, real[chosen[:500]])
     assert precision > 0.8 and recall > 0.8

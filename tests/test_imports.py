@@ -13,14 +13,16 @@ PACKAGE = "latent_diffusion_jax"
 
 # Folders and files of the package, lowest first. Those of one layer do not import each other.
 LAYERS = (
-    ("runtime", "diffusion", "models"),
+    ("runtime",),
+    ("diffusion", "models"),
     ("conditioning", "data", "weights"),
     ("ldm", "evaluation"),
     ("sampling",),
     ("training",),
     ("build",),
-    ("config_checks", "pipelines"),
-    ("train", "sample", "evaluate"),
+    ("first_stages", "config_checks"),
+    ("pipelines",),
+    ("train", "sample", "evaluate", "convert", "encode"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

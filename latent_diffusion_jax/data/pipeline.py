@@ -23,15 +23,18 @@ Prepare = Callable[[dict[str, Any], np.random.Generator | None], Example]
 class DecodedSource:
     """A source with decoded images, in which a damaged image is replaced by the next whole one.
 
+    Images are Pillow's with so many `channels`, or arrays that have them (see `images.decode`).
     Which image stands in depends on the data alone, so runs stay reproducible. Every damaged one
     is named in the log once and counted.
 
     Raises (on access):
-      UserError: more than `max_damaged_share` of the images are damaged.
+      UserError: more than `max_damaged_share` of the images are damaged, or one cannot give
+        the channels.
     """
 
-    def __init__(self, source: Source, max_damaged_share: float):
+    def __init__(self, source: Source, max_damaged_share: float, channels: int = 3):
         self._source = source
+        self._channels = channels
         self._limit = int(max_damaged_share * len(source))
         self._share = max_damaged_share
         self._damaged: dict[int, str] = {}
@@ -44,7 +47,9 @@ class DecodedSource:
         for i in range(len(self)):
             record = self._source[(index + i) % len(self)]
             try:
-                return record | {"image": images.decode(record["image"])}
+                return record | {"image": images.decode(record["image"], self._channels)}
+            except images.ChannelsError as error:
+                raise UserError(f"image {record['name']}: {error}") from error
             except ValueError as error:
                 self._note((index + i) % len(self), record["name"], str(error))
         raise UserError(f"none of the {len(self)} images can be decoded")
@@ -91,10 +96,17 @@ class DecodedSource:
 
 
 def image_example(
-    record: dict[str, Any], rng: np.random.Generator | None, size: int, random_flip: bool
+    record: dict[str, Any],
+    rng: np.random.Generator | None,
+    size: int,
+    random_flip: bool,
+    resize: int = 0,
 ) -> np.ndarray:
-    """The image of a record as uint8 [size, size, 3]; no `rng` means no augmentation."""
-    image = images.resize_and_crop(record["image"], size, rng)
+    """The image of a record as uint8 [size, size, C]; no `rng` means no augmentation.
+
+    `resize` is the short side that is cropped from, see `images.resize_and_crop`.
+    """
+    image = images.resize_and_crop(record["image"], size, rng, resize)
     if random_flip and rng is not None and rng.random() < 0.5:
         image = image[:, ::-1]
     return np.ascontiguousarray(image)

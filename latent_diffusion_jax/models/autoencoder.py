@@ -1,8 +1,11 @@
-"""KL autoencoder (VAE): the first stage of latent diffusion (LDM, section 3.1 and appendix G)."""
+"""KL and VQ autoencoders (VAE, VQGAN): the first stage of latent diffusion (LDM, section 3.1 and
+appendix G)."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import chex
 import flax.linen as nn
 import flax.struct
 import jax
@@ -10,6 +13,11 @@ import jax.numpy as jnp
 
 from latent_diffusion_jax.models.attention import PixelAttention
 from latent_diffusion_jax.models.layers import GroupNorm, conv, upsample_nearest
+from latent_diffusion_jax.models.quantizer import (
+    FiniteScalarQuantizer,
+    Quantized,
+    VectorQuantizer,
+)
 
 
 @flax.struct.dataclass
@@ -25,6 +33,11 @@ class DiagonalGaussian:
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return cls(mean, jnp.clip(logvar, -30.0, 20.0))
 
+    @property
+    def moments(self) -> jax.Array:
+        """Mean and log-variance side by side, [B, h, w, 2c]; `from_moments` takes them back."""
+        return jnp.concatenate([self.mean, self.logvar], axis=-1)
+
     def sample(self, noise: jax.Array) -> jax.Array:
         """mean + std * noise, for standard normal noise [B, h, w, c]."""
         return self.mean + jnp.exp(0.5 * self.logvar) * noise
@@ -33,6 +46,31 @@ class DiagonalGaussian:
         """KL divergence to the standard normal in nats, summed over an image: [B]."""
         terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar
         return 0.5 * jnp.sum(terms, axis=(1, 2, 3))
+
+
+@flax.struct.dataclass
+class Point:
+    """The posterior of an autoencoder without noise: one latent, as a `DiagonalGaussian` is used.
+
+    Attributes:
+      mean: latents [B, h, w, c], before they are quantised.
+    """
+
+    mean: jax.Array
+
+    @property
+    def moments(self) -> jax.Array:
+        """The latents, [B, h, w, c]; `from_moments` takes them back."""
+        return self.mean
+
+    @classmethod
+    def from_moments(cls, moments: jax.Array) -> "Point":
+        return cls(moments.astype(jnp.float32))
+
+    def sample(self, noise: jax.Array) -> jax.Array:
+        """The latents themselves."""
+        del noise
+        return self.mean
 
 
 class ResBlock(nn.Module):
@@ -59,14 +97,23 @@ class Middle(nn.Module):
     channels: int
     num_groups: int
     attention: bool
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = ResBlock(self.channels, self.num_groups, self.dtype, name="block_1")(x)
+        res_block, attention = _blocks(self.remat)
+        x = res_block(self.channels, self.num_groups, self.dtype, name="block_1")(x)
         if self.attention:
-            x = PixelAttention(self.num_groups, self.dtype, name="attn_1")(x)
-        return ResBlock(self.channels, self.num_groups, self.dtype, name="block_2")(x)
+            x = attention(self.num_groups, self.dtype, name="attn_1")(x)
+        return res_block(self.channels, self.num_groups, self.dtype, name="block_2")(x)
+
+
+def _blocks(remat: bool) -> tuple[Any, Any]:
+    """The kinds of block; with `remat` the backward pass computes their insides anew."""
+    if remat:
+        return nn.remat(ResBlock), nn.remat(PixelAttention)
+    return ResBlock, PixelAttention
 
 
 class Encoder(nn.Module):
@@ -79,20 +126,20 @@ class Encoder(nn.Module):
     attention_levels: Sequence[int]
     mid_attention: bool
     num_groups: int
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        res_block, attention = _blocks(self.remat)
         h = conv(self.channels, 3, self.dtype, "conv_in")(x)
         last = len(self.channel_multipliers) - 1
         for level, multiplier in enumerate(self.channel_multipliers):
             width = self.channels * multiplier
             for i in range(self.num_res_blocks):
-                h = ResBlock(width, self.num_groups, self.dtype, name=f"down_{level}_block_{i}")(h)
+                h = res_block(width, self.num_groups, self.dtype, name=f"down_{level}_block_{i}")(h)
                 if level in self.attention_levels:
-                    h = PixelAttention(self.num_groups, self.dtype, name=f"down_{level}_attn_{i}")(
-                        h
-                    )
+                    h = attention(self.num_groups, self.dtype, name=f"down_{level}_attn_{i}")(h)
             if level != last:
                 # Padded right and bottom only, as in the reference (the UNet pads all round).
                 h = conv(
@@ -103,7 +150,9 @@ class Encoder(nn.Module):
                     strides=2,
                     padding=((0, 1), (0, 1)),
                 )(h)
-        h = Middle(h.shape[-1], self.num_groups, self.mid_attention, self.dtype, name="mid")(h)
+        h = Middle(
+            h.shape[-1], self.num_groups, self.mid_attention, self.remat, self.dtype, name="mid"
+        )(h)
         h = nn.silu(GroupNorm(self.num_groups, epsilon=1e-6, name="norm_out")(h))
         return conv(self.out_channels, 3, self.dtype, "conv_out")(h)
 
@@ -118,26 +167,30 @@ class Decoder(nn.Module):
     attention_levels: Sequence[int]
     mid_attention: bool
     num_groups: int
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
+        res_block, attention = _blocks(self.remat)
         h = conv(self.channels * self.channel_multipliers[-1], 3, self.dtype, "conv_in")(z)
-        h = Middle(h.shape[-1], self.num_groups, self.mid_attention, self.dtype, name="mid")(h)
+        h = Middle(
+            h.shape[-1], self.num_groups, self.mid_attention, self.remat, self.dtype, name="mid"
+        )(h)
         for level in reversed(range(len(self.channel_multipliers))):
             width = self.channels * self.channel_multipliers[level]
             for i in range(self.num_res_blocks + 1):
-                h = ResBlock(width, self.num_groups, self.dtype, name=f"up_{level}_block_{i}")(h)
+                h = res_block(width, self.num_groups, self.dtype, name=f"up_{level}_block_{i}")(h)
                 if level in self.attention_levels:
-                    h = PixelAttention(self.num_groups, self.dtype, name=f"up_{level}_attn_{i}")(h)
+                    h = attention(self.num_groups, self.dtype, name=f"up_{level}_attn_{i}")(h)
             if level != 0:
                 h = conv(width, 3, self.dtype, f"up_{level}_upsample")(upsample_nearest(h))
         h = nn.silu(GroupNorm(self.num_groups, epsilon=1e-6, name="norm_out")(h))
         return conv(self.out_channels, 3, self.dtype, "conv_out")(h)
 
 
-class AutoencoderKL(nn.Module):
-    """Images in [-1, 1] to a Gaussian over latents, and latents back to images."""
+class _Autoencoder(nn.Module):
+    """What both kinds share: their fields and the networks around the latents."""
 
     image_channels: int = 3
     z_channels: int = 3  # channels inside, before quant_conv
@@ -148,13 +201,15 @@ class AutoencoderKL(nn.Module):
     attention_levels: Sequence[int] = ()  # 0 is full resolution
     mid_attention: bool = True
     num_groups: int = 32
+    remat: bool = False  # compute the blocks' insides anew in the backward pass, to save memory
     dtype: Any = jnp.float32  # of the computation; parameters stay float32
 
     @property
     def downsampling_factor(self) -> int:
         return 2 ** (len(self.channel_multipliers) - 1)
 
-    def setup(self):
+    def _set_up(self, moments: int) -> None:
+        """`moments`: numbers that describe one channel of a latent."""
         shape = dict(
             channels=self.channels,
             channel_multipliers=self.channel_multipliers,
@@ -162,22 +217,121 @@ class AutoencoderKL(nn.Module):
             attention_levels=self.attention_levels,
             mid_attention=self.mid_attention,
             num_groups=self.num_groups,
+            remat=self.remat,
             dtype=self.dtype,
         )
-        self.encoder = Encoder(out_channels=2 * self.z_channels, **shape)
+        self.encoder = Encoder(out_channels=moments * self.z_channels, **shape)
         self.decoder = Decoder(out_channels=self.image_channels, **shape)
-        self.quant_conv = nn.Conv(2 * self.embed_dim, (1, 1), dtype=self.dtype)
+        self.quant_conv = nn.Conv(moments * self.embed_dim, (1, 1), dtype=self.dtype)
         self.post_quant_conv = nn.Conv(self.z_channels, (1, 1), dtype=self.dtype)
 
+    def _moments(self, x: jax.Array) -> jax.Array:
+        chex.assert_shape(x, (None, None, None, self.image_channels))
+        factor = self.downsampling_factor
+        if x.shape[1] % factor or x.shape[2] % factor:
+            raise ValueError(
+                f"images of {x.shape[1]}x{x.shape[2]} pixels cannot be encoded: height and width "
+                f"must be multiples of the downsampling factor {factor}"
+            )
+        return self.quant_conv(self.encoder(x))
+
+    def _decode(self, z: jax.Array) -> jax.Array:
+        chex.assert_shape(z, (None, None, None, self.embed_dim))
+        return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
+
+
+class AutoencoderKL(_Autoencoder):
+    """Images in [-1, 1] to a Gaussian over latents, and latents back to images."""
+
+    posterior = DiagonalGaussian
+
+    @property
+    def moments_channels(self) -> int:
+        """Channels of a posterior's moments."""
+        return 2 * self.embed_dim
+
+    def setup(self):
+        self._set_up(moments=2)
+
     def encode(self, x: jax.Array) -> DiagonalGaussian:
-        """Images [B, H, W, C] in [-1, 1] -> posterior over [B, H/f, W/f, embed_dim]."""
-        return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(x)))
+        """Images [B, H, W, C] in [-1, 1] -> posterior over [B, H/f, W/f, embed_dim].
+
+        Raises:
+          ValueError: the downsampling factor f does not divide height or width.
+        """
+        return DiagonalGaussian.from_moments(self._moments(x))
 
     def decode(self, z: jax.Array) -> jax.Array:
         """Latents [B, h, w, embed_dim], not scaled -> images [B, h*f, w*f, C], float32."""
-        return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
+        return self._decode(z)
 
-    def __call__(self, x: jax.Array, noise: jax.Array) -> tuple[jax.Array, DiagonalGaussian]:
-        """Reconstruction from a posterior sample, and the posterior."""
-        posterior = self.encode(x)
-        return self.decode(posterior.sample(noise)), posterior
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Reconstruction from the posterior's mean."""
+        return self.decode(self.encode(x).mean)
+
+
+class AutoencoderVQ(_Autoencoder):
+    """Images in [-1, 1] to a grid of codes from a finite set, and back (VQGAN).
+
+    Diffusion runs on latents before they are quantised, and `decode` quantises them first: the
+    quantiser is a part of the decoder (LDM, section 3.1).
+    """
+
+    codebook_size: int = 8192
+    levels: Sequence[int] = ()  # finite scalar quantisation in the codebook's place
+
+    posterior = Point
+
+    @property
+    def moments_channels(self) -> int:
+        """Channels of a posterior's moments."""
+        return self.embed_dim
+
+    @property
+    def num_codes(self) -> int:
+        """Number of different vectors that a latent pixel can be quantised to."""
+        return math.prod(self.levels) if self.levels else self.codebook_size
+
+    def setup(self):
+        self._set_up(moments=1)
+        self.quantizer: VectorQuantizer | FiniteScalarQuantizer
+        if self.levels:
+            if len(self.levels) != self.embed_dim:
+                raise ValueError(
+                    f"{len(self.levels)} levels do not fit latents of {self.embed_dim} channels"
+                )
+            self.quantizer = FiniteScalarQuantizer(tuple(self.levels))
+        else:
+            self.quantizer = VectorQuantizer(self.codebook_size, self.embed_dim)
+
+    def encode(self, x: jax.Array) -> Point:
+        """Images [B, H, W, C] in [-1, 1] -> latents [B, H/f, W/f, embed_dim], not quantised.
+
+        Raises:
+          ValueError: the downsampling factor f does not divide height or width.
+        """
+        return Point.from_moments(self._moments(x))
+
+    def quantize(self, z: jax.Array) -> Quantized:
+        """Latents [B, h, w, embed_dim] -> what they are quantised to."""
+        return self.quantizer(z)
+
+    def indices(self, z: jax.Array) -> jax.Array:
+        """Latents [B, h, w, embed_dim] -> indices of their codes, int32 [B, h, w]."""
+        return self.quantizer.indices(z)
+
+    def lookup(self, indices: jax.Array) -> jax.Array:
+        """Indices [B, h, w] -> quantised latents [B, h, w, embed_dim]."""
+        return self.quantizer.lookup(indices)
+
+    def decode_quantized(self, z: jax.Array) -> jax.Array:
+        """Latents [B, h, w, embed_dim], quantised already -> images [B, h*f, w*f, C], float32."""
+        return self._decode(z)
+
+    def decode(self, z: jax.Array) -> jax.Array:
+        """Latents [B, h, w, embed_dim] -> quantised -> images [B, h*f, w*f, C], float32."""
+        return self._decode(self.quantizer(z).latents)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Reconstruction of images."""
+        return self.decode(self.encode(x).mean)

@@ -71,6 +71,46 @@ def upsample_nearest(x: jax.Array) -> jax.Array:
     return x.reshape(b, 2 * h, 2 * w, c)
 
 
+class UpsampleConv(nn.Module):
+    """`upsample_nearest` and a 3x3 convolution in one, with 4/9 of the multiplications.
+
+    Where pixels are repeated, the 3x3 kernel meets only 2x2 different ones, others for each of the
+    four pixels of a square: so there are four 2x2 kernels, sums of the 3x3 kernel's entries, and
+    the larger image is never stored. (One convolution to four times the channels would do as well,
+    but XLA's CPU backend takes fifty times as long for its weight gradient.)
+    """
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, 2H, 2W, features]."""
+        b, h, w, c = x.shape
+        shape = (3, 3, c, self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+
+        def of_row(row: int) -> jax.Array:
+            return jnp.stack([of_pixel(row, column) for column in (0, 1)], axis=3)
+
+        def of_pixel(row: int, column: int) -> jax.Array:
+            # The even pixels look back, [k0, k1 + k2]; the odd ones ahead, [k0 + k1, k2].
+            folded = jnp.stack([kernel[: 1 + row].sum(0), kernel[1 + row :].sum(0)])
+            before, after = folded[:, : 1 + column], folded[:, 1 + column :]
+            folded = jnp.stack([before.sum(1), after.sum(1)], axis=1)
+            return jax.lax.conv_general_dilated(
+                x.astype(self.dtype),
+                folded.astype(self.dtype),
+                window_strides=(1, 1),
+                padding=((1 - row, row), (1 - column, column)),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+
+        y = jnp.stack([of_row(0), of_row(1)], axis=2)  # [B, H, 2, W, 2, features]
+        return y.reshape(b, 2 * h, 2 * w, self.features) + bias.astype(self.dtype)
+
+
 def timestep_embedding(t: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
     """Sinusoidal embedding of timesteps, cosines first, as in LDM.
 

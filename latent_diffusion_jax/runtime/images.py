@@ -7,56 +7,113 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names for what image files give, by channels
+NPY_MAGIC = b"\x93NUMPY"  # first bytes of a .npy file
 
-def decode(data: bytes) -> Image.Image:
-    """Encoded bytes -> upright RGB image; transparent parts become white.
+
+class ChannelsError(Exception):
+    """An image is whole and cannot give what is wanted; says what is wanted and what was found."""
+
+
+def decode(data: bytes | np.ndarray, channels: int = 3) -> Image.Image | np.ndarray:
+    """Encoded bytes -> upright image with so many channels.
+
+    Image files become grey (1), RGB (3) or RGBA (4), whatever they hold; without an alpha channel
+    transparent parts become white. Arrays, and the contents of .npy files, stay what they are:
+    uint8 [H, W, channels], or [H, W] for one channel.
 
     Raises:
       ValueError: the bytes are no whole image in a format that Pillow reads, or it is too large.
+      ChannelsError: an array has another shape or dtype, or image files have no such `channels`.
     """
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data))
-        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise ValueError(f"{image.width}x{image.height} pixels are too many")
-        image.load()
-        image = ImageOps.exif_transpose(image)
-    except UnidentifiedImageError as error:
-        raise ValueError("no image in a format that is known") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error) or type(error).__name__) from error
+    if isinstance(data, np.ndarray):
+        return _checked_array(data, channels)
+    if data.startswith(NPY_MAGIC):
+        try:
+            array = np.load(io.BytesIO(data), allow_pickle=False)
+        except Exception as error:  # a damaged header fails in any way that Python's parser can
+            raise ValueError(str(error) or type(error).__name__) from error
+        return _checked_array(array, channels)
+    image = _open(data)
+    if channels not in MODES:
+        raise ChannelsError(
+            f"wanted {channels} channels, found an image file of {len(image.getbands())}, which "
+            "can give 1, 3 or 4; others come as arrays: from a TFDS feature Tensor or .npy files"
+        )
     if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips at 255
         levels = np.clip(np.asarray(image, np.int64), 0, 65535) / 257.0
         image = Image.fromarray(np.round(levels).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        if channels != 4:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(MODES[channels])
+
+
+def _open(data: bytes) -> Image.Image:
+    """Encoded bytes -> upright image in the file's own mode."""
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data))
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(f"{image.width}x{image.height} pixels are too many")
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except UnidentifiedImageError as error:
+        raise ValueError("no image in a format that is known") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _checked_array(array: np.ndarray, channels: int) -> np.ndarray:
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != channels:
+        found = f"{array.dtype} {list(array.shape)}"
+        raise ChannelsError(f"wanted uint8 [H, W, {channels}], found an array {found}")
+    if not array.size:
+        raise ValueError("an array without pixels")
+    return array
 
 
 def resize_and_crop(
-    image: Image.Image, size: int, rng: np.random.Generator | None = None
+    image: Image.Image | np.ndarray,
+    size: int,
+    rng: np.random.Generator | None = None,
+    resize: int = 0,
 ) -> np.ndarray:
-    """Short side to `size` (Pillow's bicubic filter), then a square crop.
+    """Short side to `resize` (Pillow's bicubic filter), then a square crop.
 
     Args:
-      image: any size.
+      image: any size; as an array uint8 [H, W, C], whose channels are resized one by one.
       size: side of the square in pixels.
       rng: where to crop; None crops the centre.
+      resize: length of the short side to crop from in pixels, at least `size`; 0: `size` itself;
+        -1: as it is, enlarged to `size` where it is shorter.
 
     Returns:
-      uint8 [size, size, 3].
+      uint8 [size, size, C].
     """
-    width, height = image.size
-    scale = size / min(width, height)
+    width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+    short = {0: size, -1: max(size, min(width, height))}.get(resize, resize)
+    if short < size:
+        raise ValueError(f"resize={resize} must be 0, -1 or at least the crop of {size} pixels")
+    scale = short / min(width, height)
     width, height = max(size, round(width * scale)), max(size, round(height * scale))
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
     if rng is None:
         left, top = (width - size) // 2, (height - size) // 2
     else:
         left = int(rng.integers(width - size + 1))
         top = int(rng.integers(height - size + 1))
-    return np.asarray(image.crop((left, top, left + size, top + size)), np.uint8)
+
+    def cut(plane: Image.Image) -> np.ndarray:
+        if plane.size != (width, height):
+            plane = plane.resize((width, height), Image.Resampling.BICUBIC)
+        return np.asarray(plane.crop((left, top, left + size, top + size)), np.uint8)
+
+    if isinstance(image, Image.Image):
+        return cut(image).reshape(size, size, -1)  # grey images come without an axis for it
+    planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(image, -1, 0)]
+    return np.stack([cut(plane) for plane in planes], axis=-1)
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -70,11 +127,12 @@ def grid(images: np.ndarray, columns: int, pad: int = 2, min_size: int = 96) -> 
     """uint8 [N, H, W, C] -> one picture to look at, white lines between the images.
 
     Args:
-      images: all of one size.
+      images: all of one size; see `shown` for what becomes of their channels.
       columns: images in a row.
       pad: width of the lines in pixels.
       min_size: smaller images are enlarged, each pixel repeated, to at least this many pixels.
     """
+    images = shown(images)
     factor = max(1, -(-min_size // min(images.shape[1:3])))
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     n, h, w, c = images.shape
@@ -87,8 +145,18 @@ def grid(images: np.ndarray, columns: int, pad: int = 2, min_size: int = 96) -> 
     return canvas
 
 
+def shown(images: np.ndarray) -> np.ndarray:
+    """The channels [..., C] that a picture can show: all of 1, 3 or 4, else the first three.
+
+    Of two, the first.
+    """
+    if images.shape[-1] in MODES:
+        return images
+    return images[..., :3] if images.shape[-1] > 3 else images[..., :1]
+
+
 def save_png(path: str | pathlib.Path, image: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3] (or [H, W, 1]) as a PNG, making its folder where needed."""
-    path = pathlib.Path(path)
+    """Writes uint8 [H, W, C] as a PNG, making its folder where needed; see `shown`."""
+    path, image = pathlib.Path(path), shown(image)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path, format="PNG")

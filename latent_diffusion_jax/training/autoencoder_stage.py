@@ -7,144 +7,231 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from latent_diffusion_jax.diffusion.samplers import normal_per_key
-from latent_diffusion_jax.models.autoencoder import AutoencoderKL
+from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.models.discriminator import PatchDiscriminator
+from latent_diffusion_jax.training import codebook as codebooks
+from latent_diffusion_jax.training import ema
+from latent_diffusion_jax.training.adversary import Adversary, update_if
 from latent_diffusion_jax.training.autoencoder_losses import (
+    AutoencoderLosses,
     adaptive_weight,
-    generator_loss,
-    hinge_loss,
     reconstruction_loss,
 )
+from latent_diffusion_jax.training.gradients import accumulate
+from latent_diffusion_jax.training.latents import Latents
+from latent_diffusion_jax.training.optimizer import train_only
 from latent_diffusion_jax.training.state import Stage, State, sample_keys, to_float
 
 Perceptual = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
+TRAINED = {"all": None, "decoder": ("decoder", "post_quant_conv")}  # parts of an autoencoder
+
 
 def make_stage(
-    autoencoder: AutoencoderKL,
+    autoencoder: AutoencoderKL | AutoencoderVQ,
     discriminator: PatchDiscriminator,
     optimizers: dict[str, optax.GradientTransformation],
     image_shape: tuple[int, int, int],
+    losses: AutoencoderLosses,
     *,
-    kl_weight: float,
-    perceptual: Perceptual | None,
-    perceptual_weight: float,
-    disc_start: int,
-    disc_weight: float,
+    perceptual: Perceptual | None = None,
+    trained: str = "all",
+    ema_decay: float = 0.0,
+    codebook_average: codebooks.CodebookAverage | None = None,
+    accumulation: int = 1,
 ) -> Stage:
     """Builds the stage.
 
     Args:
       autoencoder: the network to train.
-      discriminator: its adversary.
+      discriminator: its adversary; there is none where `losses.disc_weight` is 0.
       optimizers: by the keys `autoencoder` and `discriminator`.
       image_shape: (H, W, C).
-      kl_weight: weight of the KL term (summed over a latent), 1e-6 in the paper.
+      losses: which of them, and their weights.
       perceptual: (parameters, images, reconstructions) -> distance [B], or None to go without.
         Its parameters are `State.frozen`.
-      perceptual_weight: its weight.
-      disc_start: the step from which the adversarial term counts; before it neither network
-        sees it and the discriminator is not trained.
-      disc_weight: weight of the adversarial term, on top of the adaptive weight.
+      trained: a key of `TRAINED`. With `decoder` the encoder, and with it the latents, stay.
+      ema_decay: of the moving average of the autoencoder, `State.ema`, with which it is
+        evaluated; 0 for none.
+      codebook_average: learns the codebook by moving averages; None by its gradient.
+      accumulation: micro-batches that a batch is worked on in, one after the other. Batch
+        statistics and the adaptive weight are those of a micro-batch.
     """
     h, w, c = image_shape
     factor = autoencoder.downsampling_factor
     latent_shape = (h // factor, w // factor, autoencoder.embed_dim)
+    adversary = Adversary(discriminator, losses) if losses.disc_weight else None
+    parts = TRAINED[trained]
+    optimizer = optimizers["autoencoder"]
+    if parts is not None:
+        optimizer = train_only(optimizer, tuple(f"autoencoder/{part}/" for part in parts))
+    latents = Latents(autoencoder, losses, latent_shape, parts is not None, codebook_average)
 
     def init(key: jax.Array) -> State:
         key_autoencoder, key_discriminator = jax.random.split(key)
-        images, noise = jnp.zeros((1, h, w, c)), jnp.zeros((1, *latent_shape))
-        params = {
-            "autoencoder": autoencoder.init(key_autoencoder, images, noise)["params"],
-            "discriminator": discriminator.init(key_discriminator, images)["params"],
-        }
-        opt = {name: optimizers[name].init(params[name]) for name in params}
-        return State(step=jnp.zeros((), jnp.int32), params=params, ema=None, opt=opt)
+        images = jnp.zeros((1, h, w, c))
+        params = {"autoencoder": autoencoder.init(key_autoencoder, images)["params"]}
+        if losses.learn_logvar:
+            params["logvar"] = jnp.float32(losses.logvar)
+        opt = {"autoencoder": optimizer.init(params)}
+        average, averages = None, {}
+        if ema_decay:
+            average = {"autoencoder": jax.tree.map(jnp.copy, params["autoencoder"])}
+        if codebook_average is not None:
+            codes = params["autoencoder"]["quantizer"]["codebook"]
+            averages["codebook"] = codebook_average.init(codes)
+        if adversary is not None:
+            params["discriminator"] = discriminator.init(key_discriminator, images)["params"]
+            opt["discriminator"] = optimizers["discriminator"].init(params["discriminator"])
+            averages |= adversary.init_averages()
+        step = jnp.zeros((), jnp.int32)
+        return State(step, params, average, opt, averages=averages or None)
 
-    def discriminate(params: Any, images: jax.Array) -> jax.Array:
-        return discriminator.apply({"params": params}, images)
+    def generator_grads(
+        params: Any, disc_params: Any, frozen: Any, part: Any, started: jax.Array
+    ) -> tuple[Any, dict[str, jax.Array], jax.Array, Any]:
+        """Gradients, figures, reconstructions and latents of a micro-batch.
 
-    def train_step(state: State, batch: Any, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        images = to_float(batch["image"])
-        keys = sample_keys(key, state.step, images.shape[0])
-        noise = normal_per_key(keys, latent_shape)
+        One forward and one backward pass through the autoencoder: each loss is differentiated
+        with respect to the reconstructions, and the weighted sum is pulled back once.
+        """
+        images = to_float(part["image"])
+        (fake, regularizer), pullback, found = jax.vjp(
+            lambda params: latents.autoencode(params["autoencoder"], images, part["key"]),
+            params,
+            has_aux=True,
+        )
 
-        def autoencode(params: Any) -> tuple[jax.Array, jax.Array]:
-            reconstructions, posterior = autoencoder.apply({"params": params}, images, noise)
-            return reconstructions, jnp.mean(posterior.kl())
-
-        def reconstruct(reconstructions: jax.Array) -> jax.Array:
-            distance = None
+        def reconstruct(fake: jax.Array, logvar: jax.Array) -> tuple[jax.Array, Any]:
+            weighted, figures = None, {}
             if perceptual is not None:
-                distance = perceptual_weight * perceptual(state.frozen, images, reconstructions)
-            return reconstruction_loss(images, reconstructions, distance)
-
-        # One forward and one backward pass through the autoencoder: each loss is differentiated
-        # with respect to the reconstructions, and the weighted sum is pulled back once.
-        (fake, kl), pullback = jax.vjp(autoencode, state.params["autoencoder"])
-        rec_loss, rec_grad = jax.value_and_grad(reconstruct)(fake)
+                distance = perceptual(frozen, images, fake)
+                weighted = losses.perceptual_weight * distance
+                figures["lpips"] = jnp.mean(distance)
+            loss = reconstruction_loss(
+                *(images, fake, weighted, logvar),
+                pixel_loss=losses.pixel_loss,
+                reduction=losses.reduction,
+            )
+            return loss, figures
 
         def last_layer(grad: jax.Array) -> jax.Array:
             # All but the last layer's gradient is dead code that the compiler removes.
-            return pullback((grad, jnp.zeros_like(kl)))[0]["decoder"]["conv_out"]["kernel"]
+            (grads,) = pullback((grad, jnp.zeros_like(regularizer)))
+            return grads["autoencoder"]["decoder"]["conv_out"]["kernel"]
 
-        # Always computed, and selected below: a tenth of the step's cost. Under `lax.cond` XLA's
-        # CPU backend takes a hundred times as long for the weight gradients of convolutions.
-        started = state.step >= disc_start
-        disc_params = state.params["discriminator"]
-        g_loss, g_grad = jax.value_and_grad(lambda x: generator_loss(discriminate(disc_params, x)))(
-            fake
-        )
-        d_weight = disc_weight * adaptive_weight(last_layer(rec_grad), last_layer(g_grad))
-        d_weight = jnp.where(started, d_weight, 0.0)
-
-        def discriminator_loss(params: Any) -> jax.Array:
-            loss = hinge_loss(discriminate(params, images), discriminate(params, fake))
-            return jnp.where(started, loss, 0.0)
-
-        d_loss, d_grads = jax.value_and_grad(discriminator_loss)(disc_params)
-        (ae_grads,) = pullback((rec_grad + d_weight * g_grad, jnp.full_like(kl, kl_weight)))
-
-        params, opt = {}, {}
-        for name, grads in (("autoencoder", ae_grads), ("discriminator", d_grads)):
-            updates, new_opt = optimizers[name].update(grads, state.opt[name], state.params[name])
-            new_params = optax.apply_updates(state.params[name], updates)
-            if name == "discriminator":  # frozen, its moments too, until it starts
-                new_params, new_opt = jax.tree.map(
-                    lambda new, old: jnp.where(started, new, old),
-                    (new_params, new_opt),
-                    (state.params[name], state.opt[name]),
-                )
-            params[name], opt[name] = new_params, new_opt
-        metrics = {
-            "loss": rec_loss + kl_weight * kl + d_weight * g_loss,
+        logvar = params.get("logvar", jnp.float32(losses.logvar))
+        (rec_loss, figures), (fake_grad, logvar_grad) = jax.value_and_grad(
+            reconstruct, (0, 1), has_aux=True
+        )(fake, logvar)
+        loss = rec_loss + latents.weight * regularizer
+        if adversary is not None:
+            g_loss, g_grad = adversary.generator_grad(disc_params, fake)
+            weight = jnp.float32(losses.disc_weight)
+            if losses.adaptive_weight:
+                weight = weight * adaptive_weight(last_layer(fake_grad), last_layer(g_grad))
+            weight = jnp.where(started, weight, 0.0)
+            fake_grad, loss = fake_grad + weight * g_grad, loss + weight * g_loss
+            figures |= {"g_loss": g_loss, "d_weight": weight}
+        (grads,) = pullback((fake_grad, jnp.full_like(regularizer, latents.weight)))
+        if losses.learn_logvar:
+            grads = grads | {"logvar": logvar_grad}
+        figures |= {
+            "loss": loss,
             "rec_loss": rec_loss,
             "l1": jnp.mean(jnp.abs(images - fake)),
-            "kl": kl,
-            "grad_norm": optax.tree.norm(ae_grads),
-            "g_loss": g_loss,
-            "d_loss": d_loss,
-            "d_weight": d_weight,
+            latents.regularizer: regularizer,
         }
-        return State(state.step + 1, params, None, opt, state.frozen), metrics
+        return grads, figures, fake, found
+
+    def train_step(state: State, batch: Any, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        keys = sample_keys(key, state.step, batch["image"].shape[0])
+        inputs = {"image": batch["image"], "key": keys}
+        started = state.step >= losses.disc_start
+        averages = dict(state.averages or {})
+        params = dict(state.params)
+        disc_params = params.pop("discriminator", None)
+        if adversary is not None:
+            disc_params = adversary.initialized(disc_params, to_float(batch["image"]), state.step)
+
+        def discriminator_grads(part: Any, fake: jax.Array) -> Any:
+            assert adversary is not None
+            return adversary.grads(disc_params, averages, to_float(part["image"]), fake, started)
+
+        together = adversary is not None and losses.update_order == "together"
+
+        def micro_batch(part: Any) -> tuple[Any, Any]:
+            grads, figures, fake, found = generator_grads(
+                params, disc_params, state.frozen, part, started
+            )
+            codes, candidates = latents.statistics(found)
+            mean = {"grads": grads, "figures": figures, "codes": codes}
+            if together:
+                mean["discriminator"] = discriminator_grads(part, fake)
+            return mean, candidates
+
+        mean, candidates = accumulate(micro_batch, inputs, accumulation)
+        metrics = mean["figures"] | {"grad_norm": optax.tree.norm(mean["grads"])}
+        updates, opt = optimizer.update(mean["grads"], state.opt["autoencoder"], params)
+        params, opts = optax.apply_updates(params, updates), {"autoencoder": opt}
+        if codebook_average is not None:
+            revival_key = jax.random.fold_in(key, state.step)
+            codes, averages["codebook"] = codebook_average.update(
+                averages["codebook"], mean["codes"], candidates, revival_key
+            )
+            params["autoencoder"] = params["autoencoder"] | {"quantizer": {"codebook": codes}}
+        if mean["codes"]:
+            metrics |= codebooks.usage_figures(mean["codes"]["shares"])
+        if losses.learn_logvar:
+            metrics["logvar"] = params["logvar"]
+
+        if adversary is not None:
+            if together:
+                d_grads, figures = mean["discriminator"]
+            else:
+                new_params = params["autoencoder"]  # of the autoencoder that was just updated
+
+                def new_fake(part: Any) -> jax.Array:
+                    images = to_float(part["image"])
+                    return latents.autoencode(new_params, images, part["key"])[0][0]
+
+                other_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+                (d_grads, figures), _ = accumulate(
+                    lambda part: (discriminator_grads(part, new_fake(part)), ()),
+                    inputs | {"key": other_keys},
+                    accumulation,
+                )
+            metrics |= figures
+            averages |= adversary.update_averages(averages, figures, started)
+            params["discriminator"], opts["discriminator"] = update_if(
+                *(started, optimizers["discriminator"]),
+                *(d_grads, state.opt["discriminator"], disc_params),
+            )
+
+        average = state.ema
+        if ema_decay:
+            new = {"autoencoder": params["autoencoder"]}
+            average = ema.update(state.ema, new, state.step, ema_decay)
+        new_state = State(state.step + 1, params, average, opts, state.frozen, averages or None)
+        return new_state, metrics
 
     def reconstruct_mode(state: State, images: jax.Array) -> jax.Array:
-        noise = jnp.zeros((images.shape[0], *latent_shape))
-        reconstructions, _ = autoencoder.apply(
-            {"params": state.params["autoencoder"]}, images, noise
-        )
-        return jnp.clip(reconstructions, -1.0, 1.0)
+        params = (state.ema or state.params)["autoencoder"]
+        return jnp.clip(autoencoder.apply({"params": params}, images), -1.0, 1.0)
 
     def eval_step(state: State, batch: Any, key: jax.Array) -> dict[str, jax.Array]:
         del key  # reconstructs from the posterior's mean
         images = to_float(batch["image"])
-        difference = reconstruct_mode(state, images) - images
+        reconstructions = reconstruct_mode(state, images)
+        difference = reconstructions - images
         mse = jnp.mean(jnp.square(difference / 2.0), axis=(1, 2, 3))  # on [0, 1]
-        return {
+        figures = {
             "l1": jnp.mean(jnp.abs(difference), axis=(1, 2, 3)),
             "psnr": -10.0 * jnp.log10(jnp.maximum(mse, 1e-10)),
         }
+        if perceptual is not None:
+            figures["lpips"] = perceptual(state.frozen, images, reconstructions)
+        return figures
 
     def preview(state: State, batch: Any, key: jax.Array) -> jax.Array:
         del key
@@ -153,3 +240,22 @@ def make_stage(
         return pairs.reshape(-1, h, w, c)
 
     return Stage(init, train_step, eval_step, preview)
+
+
+def start_from(state: State, params: Any) -> State:
+    """A fresh state whose autoencoder, and all that follows it, is another's.
+
+    `params` are laid out over devices as the state's own.
+    """
+    own = state.params["autoencoder"]
+    params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, own)
+    average, averages = state.ema, state.averages
+    if average is not None:
+        average = {"autoencoder": jax.tree.map(jnp.copy, params)}
+    if averages is not None and "codebook" in averages:
+        codes, shares = params["quantizer"]["codebook"], averages["codebook"]["shares"]
+        sums = codes * shares[:, None]
+        averages = averages | {"codebook": {"shares": shares, "sums": sums}}
+    return state.replace(
+        params=state.params | {"autoencoder": params}, ema=average, averages=averages
+    )

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -68,6 +67,7 @@ def train_stage(
     num_steps: int,
     frozen: Any = None,
     tokenizer: Any = None,
+    at_start: Callable[[State], State] = lambda state: state,
     at_end: Callable[[State], dict[str, Any]] = lambda state: {},
 ) -> bool:
     """Trains one stage to its end, from its last checkpoint where there is one.
@@ -81,6 +81,8 @@ def train_stage(
       num_steps: updates in all.
       frozen: parameters that the step reads and does not train.
       tokenizer: contents of a tokenizer.json to keep in the checkpoints.
+      at_start: fresh state -> the state to start from, of the same shapes and shardings; not
+        asked where there is a checkpoint.
       at_end: (final state) -> what to keep in the last checkpoint's `info`.
 
     Returns:
@@ -113,7 +115,7 @@ def train_stage(
             loader.set_state(checkpoints.read_json(run.workdir / name, start_step, "data"))
             logging.info("%s: goes on from step %d", name, start_step)
         else:
-            state = jax.jit(stage.init, out_shardings=shardings)(init_key)
+            state = at_start(jax.jit(stage.init, out_shardings=shardings)(init_key))
         state = state.replace(frozen=frozen)
 
         everywhere = sharding.replicated(mesh)
@@ -158,6 +160,7 @@ def train_stage(
 
         logging.info("%s: compiling the train step", name)
         step, stopped, previous = start_step, False, None
+        unchecked: list[tuple[int, dict[str, jax.Array]]] = []  # figures of the last steps
         clock = _Clock(start_step)
         while step < num_steps and not stopped:
             batch = sharding.put_batch(next(loader), mesh)
@@ -170,10 +173,11 @@ def train_stage(
             if previous is not None:
                 jax.block_until_ready(previous)
             previous = metrics
+            unchecked.append((step, metrics))
             progress.step(step)
             if step % run.log_every == 0 or step == num_steps:
+                _check_finite(name, unchecked)
                 figures = {key: float(value) for key, value in metrics.items()}
-                _check_finite(name, step, figures["loss"])
                 seconds = clock.seconds_per_step(step)
                 rate = batch_size / seconds if seconds else 0.0
                 if seconds:
@@ -182,7 +186,7 @@ def train_stage(
                 progress.figures(step, figures["loss"], rate, seconds)
             stopped = agree_to_stop(run.should_stop, step)
             if step < num_steps and (stopped or step % run.checkpoint_every == 0):
-                _check_finite(name, step, float(metrics["loss"]))
+                _check_finite(name, unchecked)
                 save(step, {})
             if step == num_steps or (step % run.eval_every == 0 and not stopped):
                 evaluate(step)
@@ -240,9 +244,18 @@ def agree_to_stop(should_stop: Callable[[], bool], step: int) -> bool:
     return bool(np.max(multihost_utils.process_allgather(np.array(should_stop()))))
 
 
-def _check_finite(name: str, step: int, loss: float) -> None:
-    if not math.isfinite(loss):
-        raise UserError(
-            f"{name}: the loss is {loss} at step {step}; this run cannot go on (its last "
-            "checkpoint is kept). Try a lower learning rate in another --workdir"
-        )
+def _check_finite(name: str, unchecked: list[tuple[int, dict[str, jax.Array]]]) -> None:
+    """Empties the list of figures, by step, after a look for the first that is not a number.
+
+    Raises:
+      UserError: there is one; names the step and the terms.
+    """
+    for step, metrics in jax.device_get(unchecked):
+        broken = [f"{term}={value}" for term, value in metrics.items() if not np.isfinite(value)]
+        if broken:
+            raise UserError(
+                f"{name}: {', '.join(broken)} at step {step}; this run cannot go on (its last "
+                "checkpoint, from before that, is kept). Try a lower learning rate in another "
+                "--workdir"
+            )
+    unchecked.clear()

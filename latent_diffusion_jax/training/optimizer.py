@@ -1,6 +1,11 @@
 """Optimizers: learning-rate schedule, gradient clipping and Adam(W)."""
 
+from typing import Any
+
+import jax
 import optax
+
+from latent_diffusion_jax.runtime.trees import path_name
 
 
 def learning_rate_schedule(
@@ -44,3 +49,20 @@ def make_optimizer(
     return optax.chain(
         clip, optax.adamw(schedule, b1=betas[0], b2=betas[1], weight_decay=weight_decay)
     )
+
+
+def train_only(
+    optimizer: optax.GradientTransformation, prefixes: tuple[str, ...]
+) -> optax.GradientTransformation:
+    """An optimizer for the parameters whose slash-joined name starts with one of `prefixes`.
+
+    The others stay as they are: they have no moments, and do not count in the gradients' norm
+    where that is clipped.
+    """
+
+    def labels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "trained" if path_name(path).startswith(prefixes) else "frozen", params
+        )
+
+    return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)

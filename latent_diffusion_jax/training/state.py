@@ -18,6 +18,7 @@ class State:
       ema: moving average of `params`, or of a part of it.
       opt: optimizer state.
       frozen: parameters that the step reads and never changes; not part of checkpoints.
+      averages: other moving averages that steps keep, of a codebook or of logits.
     """
 
     step: jax.Array
@@ -25,6 +26,7 @@ class State:
     ema: Any
     opt: Any
     frozen: Any = None
+    averages: Any = None
 
 
 class Stage(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from latent_diffusion_jax.data import digits
+from latent_diffusion_jax.data import digits, photos
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +19,15 @@ def digits_dir(tmp_path_factory) -> pathlib.Path:
     digits.HandwrittenDigits(
         data_dir=str(data_dir), file_format="array_record"
     ).download_and_prepare()
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def photos_dir(tmp_path_factory) -> pathlib.Path:
+    """A TFDS data_dir with the bundled photographs in it, prepared once."""
+    data_dir = tmp_path_factory.mktemp("tfds")
+    tfds.disable_progress_bar()
+    photos.BundledPhotos(data_dir=str(data_dir), file_format="array_record").download_and_prepare()
     return data_dir
 
 

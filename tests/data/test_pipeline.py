@@ -335,6 +335,38 @@ def test_damaged_files_in_a_folder_are_named_by_path(make_folder, png, warnings_
     assert str(folder / "4.png") in warnings_logged[0]
 
 
+# Sizes and channels.
+
+
+def test_crops_are_taken_from_the_resized_image(make_source):
+    source = make_source(1)  # SIZE high, twice as wide
+    whole = np.asarray(source[0]["image"].resize((16, 8), Image.Resampling.BICUBIC))
+    tops_and_lefts = {
+        whole[top : top + SIZE, left : left + SIZE].tobytes(): (top, left)
+        for top in range(3)
+        for left in range(11)
+    }
+    rng = np.random.default_rng(0)
+    found = {
+        tops_and_lefts[pipeline.image_example(source[0], rng, SIZE, False, 8).tobytes()]
+        for _ in range(400)
+    }
+    assert len(found) == 33  # all places
+    centre = pipeline.image_example(source[0], None, SIZE, False, 8)
+    np.testing.assert_array_equal(centre, whole[1 : 1 + SIZE, 5 : 5 + SIZE])
+
+
+def test_arrays_with_any_number_of_channels_reach_the_batch():
+    arrays = [np.random.default_rng(i).integers(256, size=(SIZE, SIZE, 7)) for i in range(4)]
+    arrays = [array.astype(np.uint8) for array in arrays]
+    source = pipeline.DecodedSource(Memory(arrays), 0.0, 7)
+    for batch in take(loader(source), 2):
+        assert batch["image"].shape == (4, SIZE, SIZE, 7)
+        for index, image in zip(batch["index"], batch["image"], strict=True):
+            flipped = arrays[index][:, ::-1]
+            assert (image == arrays[index]).all() or (image == flipped).all()
+
+
 # Pickling, which Grain's worker processes need.
 
 

@@ -1,4 +1,4 @@
-"""Sources: TFDS datasets by name, folders with captions, and what is said about broken ones."""
+"""Sources: TFDS datasets by name, and what is said about broken ones."""
 
 import json
 import pathlib
@@ -59,11 +59,39 @@ class TinyLabelled(tfds.core.GeneratorBasedBuilder):
             yield i, {"picture": Image.new("RGB", (4, 4), (i % 3,) * 3), "animal": i % 3}
 
 
+class TinyBands(tfds.core.GeneratorBasedBuilder):
+    """Two images of five bands as arrays of any size, and one feature that is no image."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = tfds.features.FeaturesDict(
+            {
+                "bands": tfds.features.Tensor(
+                    shape=(None, None, 5), dtype=np.uint8, encoding="zlib"
+                ),
+                "heights": tfds.features.Tensor(shape=(4, 4), dtype=np.float32),
+            }
+        )
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(2):
+            yield i, {"bands": bands(i), "heights": np.zeros((4, 4), np.float32)}
+
+
+def bands(i: int) -> np.ndarray:
+    return np.random.default_rng(i).integers(256, size=(6, 8 + i, 5)).astype(np.uint8)
+
+
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory) -> str:
     data_dir = str(tmp_path_factory.mktemp("tfds"))
     tfds.disable_progress_bar()
-    for builder in (TinyCaptioned, TinyLabelled):
+    for builder in (TinyCaptioned, TinyLabelled, TinyBands):
         builder(data_dir=data_dir, file_format="array_record").download_and_prepare()
     return data_dir
 
@@ -186,217 +214,33 @@ def test_unknown_split_names_the_known_ones(data_dir, split):
         open_source("tiny_captioned", split, data_dir=data_dir, caption_key="caption")
 
 
-# Folders.
+# Without captions, and arrays.
 
 
-def table(*rows) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
+def test_dataset_without_captions(data_dir):
+    keys = {"data_dir": data_dir, "image_key": "picture", "caption_key": ""}
+    source = open_source("tiny_labelled", "train", caption_template="a photo of a {}", **keys)
+    assert len(source) == 6
+    for i, record in enumerate(everything(source)):
+        assert record["captions"] == source.captions(i) == [""]
+        assert record["label"] == level(record)
 
 
-def captions(folder: pathlib.Path, split: str, **options) -> dict[str, list[str]]:
-    """Captions by file name."""
-    records = everything(open_source(str(folder), split, **options))
-    found = {str(pathlib.Path(r["name"]).relative_to(folder)): r["captions"] for r in records}
-    assert len(found) == len(records)
-    return found
+def test_arrays_of_any_size_come_through(data_dir):
+    keys = {"data_dir": data_dir, "image_key": "bands", "caption_key": ""}
+    records = everything(open_source("tiny_bands", "train", **keys))
+    assert len(records) == 2
+    for record in sorted(records, key=lambda record: record["image"].shape):
+        np.testing.assert_array_equal(record["image"], bands(record["image"].shape[1] - 8))
 
 
-def all_captions(folder: pathlib.Path, **options) -> dict[str, list[str]]:
-    return captions(folder, "train", **options) | captions(folder, "test", **options)
+def test_a_tensor_that_is_no_image_is_refused(data_dir):
+    keys = {"data_dir": data_dir, "image_key": "heights", "caption_key": ""}
+    with raises_user_error("no image feature 'heights'", "uint8 [H, W, C]", "bands"):
+        open_source("tiny_bands", "train", **keys)
 
 
-def test_metadata_table(make_folder, png):
-    folder = make_folder(
-        {
-            "a.png": png(1),
-            "deep/er/b.png": png(2),
-            "metadata.jsonl": table(
-                {"file_name": "a.png", "text": "one", "seed": 3},
-                {"file_name": "deep/er/b.png", "text": ["two", "zwei"]},
-            )
-            + "\n",
-        }
-    )
-    assert all_captions(folder) == {"a.png": ["one"], "deep/er/b.png": ["two", "zwei"]}
-    for split in ("train", "test"):
-        for record in everything(open_source(str(folder), split)):
-            assert level(record) == (1 if record["captions"] == ["one"] else 2)
-            assert record["label"] is None
-
-
-def test_metadata_tables_in_subfolders(make_folder):
-    folder = make_folder(
-        {
-            "x/a.png": None,
-            "x/metadata.jsonl": table({"file_name": "a.png", "text": "one"}),
-            "y/a.png": None,
-            "y/metadata.jsonl": table({"file_name": "a.png", "text": "two"}),
-        }
-    )
-    assert all_captions(folder) == {"x/a.png": ["one"], "y/a.png": ["two"]}
-
-
-def test_text_files_beside_images(make_folder):
-    folder = make_folder(
-        {"a.png": None, "a.txt": " one\n", "sub/B.JPG": None, "sub/B.txt": "zwölf", "x.md": "no"}
-    )
-    assert all_captions(folder) == {"a.png": ["one"], "sub/B.JPG": ["zwölf"]}
-
-
-def test_caption_with_unusual_line_separators(make_folder):
-    # They are no line ends in JSON Lines, and json.dumps(ensure_ascii=False) leaves them as is.
-    text = "first\u2028second\x85third"
-    row = json.dumps({"file_name": "a.png", "text": text}, ensure_ascii=False)
-    folder = make_folder({"a.png": None, "metadata.jsonl": row + "\n"})
-    assert captions(folder, "test", holdout_share=1.0) == {"a.png": [text]}
-
-
-def test_caption_template_for_folders(make_folder):
-    folder = make_folder({"a.png": None, "a.txt": "one", "b.png": None, "b.txt": "{}"})
-    found = all_captions(folder, caption_template="a photo of {}")
-    assert found == {"a.png": ["a photo of one"], "b.png": ["a photo of {}"]}
-
-
-@pytest.mark.parametrize("held_out", ["test", "validation", "valid", "val"])
-def test_split_subfolders(make_folder, held_out):
-    folder = make_folder(
-        {
-            "train/a.png": None,
-            "train/a.txt": "one",
-            f"{held_out}/b.png": None,
-            f"{held_out}/b.txt": "two",
-        }
-    )
-    assert captions(folder, "train") == {"train/a.png": ["one"]}
-    assert captions(folder, "test") == {f"{held_out}/b.png": ["two"]}
-
-
-def many(count: int, prefix: str = "") -> dict[str, str | None]:
-    """Files of a folder with `count` captioned images."""
-    files: dict[str, str | None] = {}
-    for i in range(count):
-        files |= {f"{prefix}{i:04d}.png": None, f"{prefix}{i:04d}.txt": f"number {i}"}
-    return files
-
-
-@pytest.mark.parametrize("prefixes", [("train/",), ("test/", "")], ids=["no test/", "no train/"])
-def test_nothing_is_in_both_splits_where_one_subfolder_is_missing(make_folder, prefixes):
-    for prefix in prefixes:
-        folder = make_folder(many(60, prefix))
-    train = captions(folder, "train", holdout_share=0.3)
-    test = captions(folder, "test", holdout_share=0.3)
-    assert train and test
-    assert not train.keys() & test.keys()
-
-
-def test_hash_holdout_is_a_partition_of_about_the_asked_share(make_folder):
-    folder = make_folder(many(600))
-    for share in (0.05, 0.3):
-        train = captions(folder, "train", holdout_share=share)
-        test = captions(folder, "test", holdout_share=share)
-        assert not train.keys() & test.keys()
-        assert len(train) + len(test) == 600
-        assert len(test) / 600 == pytest.approx(share, abs=4 * (share * (1 - share) / 600) ** 0.5)
-
-
-def test_hash_holdout_stays_when_images_are_added(make_folder):
-    folder = make_folder(many(100))
-    before = {split: captions(folder, split, holdout_share=0.2) for split in ("train", "test")}
-    make_folder(many(100, "a_") | many(100, "new/"))
-    after = {split: captions(folder, split, holdout_share=0.2) for split in ("train", "test")}
-    for split in ("train", "test"):
-        assert before[split].keys() < after[split].keys()
-
-
-def test_a_small_folder_still_holds_one_image_out(make_folder):
-    folder = make_folder(many(3))
-    assert len(captions(folder, "test", holdout_share=0.0)) == 1
-    assert len(captions(folder, "train", holdout_share=0.0)) == 2
-
-
-@pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "/nowhere/at/all", "~/nowhere"])
-def test_missing_folder(name):
-    with raises_user_error(name, "does not exist"):
-        open_source(name, "train")
-
-
-def test_empty_folder(make_folder):
-    folder = make_folder({"readme.md": "nothing here"})
-    with raises_user_error(str(folder), "'train'", "metadata.jsonl", ".txt"):
-        open_source(str(folder), "train")
-
-
-def test_folder_with_one_image_has_nothing_to_train_on(make_folder):
-    folder = make_folder(many(1))
-    with raises_user_error(str(folder), "'train'"):
-        open_source(str(folder), "train")
-
-
-def test_unknown_split_of_a_folder(make_folder):
-    with raises_user_error("'train[:50%]'", "train and test"):
-        open_source(str(make_folder(many(2))), "train[:50%]")
-
-
-GOOD_ROW = '{"file_name": "a.png", "text": "one"}\n'
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        pytest.param('{"image": "a.png", "text": "x"}', ["image", "file_name"], id="no file_name"),
-        pytest.param('{"file_name": "a.png", "caption": "x"}', ["caption", "text"], id="no text"),
-        pytest.param("[1, 2]", ["list", "file_name", "text"], id="a list"),
-        pytest.param("{'file_name': 'a.png'}", ["JSON"], id="not JSON"),
-        pytest.param('{"file_name": "a.png", "text": "x', ["JSON"], id="cut off"),
-        pytest.param('{"file_name": "a.png", "text": 3}', ["text", "string"], id="a number"),
-        pytest.param('{"file_name": "a.png", "text": []}', ["text", "string"], id="no caption"),
-        pytest.param('{"file_name": "a.png", "text": ["x", 1]}', ["text"], id="mixed captions"),
-        pytest.param('{"file_name": "b.png", "text": "x"}', ["'b.png'", "exist"], id="missing"),
-        pytest.param('{"file_name": "../b.png", "text": "x"}', ["'../b.png'"], id="out of it"),
-        pytest.param('{"file_name": "/b.png", "text": "x"}', ["'/b.png'"], id="absolute"),
-    ],
-)
-def test_bad_row_is_named_by_file_and_line(make_folder, png, line, said):
-    folder = make_folder({"a.png": None, "metadata.jsonl": GOOD_ROW + line + "\n"})
-    (folder.parent / "b.png").write_bytes(png())  # there, and still not to be read
-    with raises_user_error(f"{folder / 'metadata.jsonl'}, line 2", *said):
-        open_source(str(folder), "train")
-
-
-def test_link_out_of_the_folder(make_folder, tmp_path, png):
-    (tmp_path / "secret.png").write_bytes(png())
-    folder = make_folder({"metadata.jsonl": GOOD_ROW})
-    (folder / "a.png").symlink_to(tmp_path / "secret.png")
-    with raises_user_error(f"{folder / 'metadata.jsonl'}, line 1", "'a.png'"):
-        open_source(str(folder), "train")
-
-
-def test_image_without_caption(make_folder):
-    folder = make_folder({"a.png": None, "a.txt": "one", "sub/b.png": None, "sub/c.png": None})
-    with raises_user_error(str(folder), "2 of 3", "sub/b.png", "b.txt"):
-        open_source(str(folder), "train")
-
-
-def test_caption_file_that_is_not_utf8(make_folder):
-    folder = make_folder({"a.png": None, "a.txt": "schön".encode("latin-1")})
-    with raises_user_error(str(folder / "a.txt"), "UTF-8"):
-        open_source(str(folder), "train")
-
-
-def test_table_that_is_not_utf8(make_folder):
-    row = '{"file_name": "a.png", "text": "schön"}\n'.encode("latin-1")
-    folder = make_folder({"a.png": None, "metadata.jsonl": row})
-    with raises_user_error(str(folder / "metadata.jsonl"), "UTF-8"):
-        open_source(str(folder), "train")
-
-
-def test_image_that_vanishes_is_named(make_folder):
-    folder = make_folder(many(2))
-    source = open_source(str(folder), "train")
-    for path in folder.glob("*.png"):
-        path.unlink()
-    with raises_user_error(str(folder), ".png"):
-        source[0]
+# Nested features.
 
 
 class TinyNested(tfds.core.GeneratorBasedBuilder):
@@ -460,16 +304,3 @@ def test_an_ambiguous_dataset_is_refused(nested_dir, tmp_path):
 def test_a_template_without_a_place_for_the_caption_is_refused(nested_dir, template):
     with pytest.raises(UserError, match="caption_template"):
         open_source("tiny_nested", "train", data_dir=nested_dir, caption_template=template)
-
-
-def test_images_that_no_table_lists_are_counted(tmp_path, monkeypatch):
-    from absl import logging
-
-    said = []
-    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
-    for i in range(4):
-        Image.new("RGB", (4, 4)).save(tmp_path / f"{i}.png")
-    rows = [json.dumps({"file_name": f"{i}.png", "text": "a"}) + "\n" for i in range(3)]
-    (tmp_path / "metadata.jsonl").write_text("".join(rows))
-    assert len(open_source(str(tmp_path), "train", holdout_share=0.0)) == 2
-    assert said and "1 images" in said[0] and "3.png" in said[0]

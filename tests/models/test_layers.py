@@ -1,5 +1,6 @@
 """Shared layers: against PyTorch, numpy and `diffusers`, and how they start."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from latent_diffusion_jax.models.layers import (
     Dense,
     GroupNorm,
+    UpsampleConv,
     conv,
     timestep_embedding,
     upsample_nearest,
@@ -118,3 +120,56 @@ def test_upsample_repeats_each_pixel():
     x = normal(5, 2, 3, 4, 5)
     y = upsample_nearest(jnp.asarray(x))
     np.testing.assert_array_equal(y, x.repeat(2, axis=1).repeat(2, axis=2))
+
+
+class UpsampleThenConv(nn.Module):
+    """What `UpsampleConv` computes, step by step."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return conv(self.features, 3, jnp.float32, "conv")(upsample_nearest(x))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 3)])
+def test_upsample_conv_is_upsampling_and_convolution(random_params, size):
+    x, weights = normal(6, 2, *size, 5), normal(7, 2, 2 * size[0], 2 * size[1], 3)
+    two, one = UpsampleThenConv(3), UpsampleConv(3)
+    params = random_params(two, x)["conv"]
+    shapes = jax.tree.map(np.shape, one.init(jax.random.key(0), x)["params"])
+    assert shapes == jax.tree.map(np.shape, params)
+    params["kernel"] += 0.2 * normal(8, *params["kernel"].shape)  # biased, so that sums matter
+
+    def of_two(params, x):
+        return two.apply({"params": {"conv": params}}, x)
+
+    def of_one(params, x):
+        return one.apply({"params": params}, x)
+
+    np.testing.assert_allclose(of_one(params, x), of_two(params, x), rtol=0, atol=1e-5)
+    ours, theirs = (
+        jax.grad(lambda params, x, f=f: jnp.sum(weights * f(params, x)), (0, 1))(params, x)
+        for f in (of_one, of_two)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), ours, theirs)
+
+
+def test_upsample_conv_starts_as_a_convolution_does():
+    x = jnp.zeros((1, 2, 2, 64))
+    ours = UpsampleConv(64).init(jax.random.key(0), x)["params"]
+    theirs = conv(64, 3, jnp.float32, "conv").init(jax.random.key(0), x)["params"]
+    ratio = float(jnp.std(ours["kernel"]) / jnp.std(theirs["kernel"]))
+    assert ratio == pytest.approx(1.0, abs=0.02)
+    assert not ours["bias"].any()
+
+
+def test_upsample_conv_computes_in_the_dtype_it_is_given(random_params):
+    x = jnp.asarray(normal(9, 1, 4, 4, 8), jnp.bfloat16)
+    half, full = UpsampleConv(4, jnp.bfloat16), UpsampleConv(4)
+    params = {"params": random_params(half, x)}
+    y = half.apply(params, x)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        y.astype(jnp.float32), full.apply(params, x.astype(jnp.float32)), rtol=0, atol=0.05
+    )

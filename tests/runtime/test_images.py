@@ -182,6 +182,39 @@ def test_random_crops_of_tall_images():
     assert found == set(range(5))
 
 
+def test_crops_come_from_the_short_side_that_is_asked_for():
+    image = Image.fromarray(noise(64, 96))
+    whole = np.asarray(image.resize((36, 24), Image.Resampling.BICUBIC))
+    found = images.resize_and_crop(image, 16, resize=24)
+    np.testing.assert_array_equal(found, whole[4:20, 10:26])
+    places = {
+        whole[top : top + 16, left : left + 16].tobytes() for top in range(9) for left in range(21)
+    }
+    rng = np.random.default_rng(0)
+    crops = {images.resize_and_crop(image, 16, rng, resize=24).tobytes() for _ in range(1500)}
+    assert crops == places
+
+
+def test_images_may_keep_their_size():
+    pixels = noise(30, 50)
+    found = images.resize_and_crop(Image.fromarray(pixels), 16, resize=-1)
+    np.testing.assert_array_equal(found, pixels[7:23, 17:33])
+    rng = np.random.default_rng(0)
+    crop = images.resize_and_crop(Image.fromarray(pixels), 16, rng, resize=-1)
+    windows = np.lib.stride_tricks.sliding_window_view(pixels, (16, 16, 3))
+    assert (windows == crop).all(axis=(-1, -2, -3)).sum() == 1
+    small = Image.fromarray(noise(8, 10))  # enlarged, as without it
+    np.testing.assert_array_equal(
+        images.resize_and_crop(small, 16, resize=-1), images.resize_and_crop(small, 16)
+    )
+
+
+@pytest.mark.parametrize("resize", [-2, 1, 15])
+def test_no_crop_from_less_than_its_size(resize):
+    with pytest.raises(ValueError, match=f"resize={resize} .*at least the crop of 16 pixels"):
+        images.resize_and_crop(Image.fromarray(noise(30, 50)), 16, resize=resize)
+
+
 # To uint8, grids and files.
 
 
@@ -230,6 +263,16 @@ def test_png_round_trip(tmp_path, channels):
     pixels = noise(6, 9, channels)
     images.save_png(path, pixels)
     np.testing.assert_array_equal(decoded(path.read_bytes()), pixels.repeat(3 // channels, axis=2))
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(2, 1), (4, 4), (5, 3), (13, 3)])
+def test_pictures_show_the_first_channels(tmp_path, channels, shown):
+    pixels = noise(6, 9, channels)
+    images.save_png(tmp_path / "image.png", pixels)
+    found = np.asarray(Image.open(tmp_path / "image.png"))
+    np.testing.assert_array_equal(found.reshape(6, 9, shown), pixels[..., :shown])
+    whole = images.grid(pixels[None], 1, pad=1, min_size=1)
+    np.testing.assert_array_equal(whole[1:-1, 1:-1], pixels[..., :shown])
 
 
 def test_png_whatever_the_file_is_called(tmp_path):

@@ -174,3 +174,88 @@ def test_no_file_or_another_kind_of_file_is_named(tmp_path, content):
 def test_a_directory_is_not_a_file(tmp_path):
     with pytest.raises(UserError, match="cannot read LPIPS weights"):
         lpips_weights.load(tmp_path)
+
+
+# The files that the weights are published in, made with the reference's weights.
+
+
+def split(reference) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """States of torchvision's VGG16 and of the linear layers."""
+    state = reference.state_dict()
+    vgg = {name: tensor for name, tensor in state.items() if name.startswith("features.")}
+    vgg |= {
+        f"classifier.{i}.{kind}": torch.zeros(3) for i in (0, 3, 6) for kind in ("weight", "bias")
+    }
+    return vgg, {name: tensor for name, tensor in state.items() if name.startswith("lin")}
+
+
+def of_the_module(reference) -> dict[str, torch.Tensor]:
+    """State of `lpips.LPIPS(net="vgg")`: VGG in five slices, linear layers twice."""
+    state = {}
+    for name, tensor in reference.state_dict().items():
+        if name.startswith("features."):
+            index = int(name.split(".")[1])
+            part = 1 + sum(index > tap for tap in TAPS)
+            state[name.replace("features.", f"net.slice{part}.")] = tensor
+        else:
+            state[name] = state[f"lins.{name[3]}{name[4:]}"] = tensor
+    state["scaling_layer.shift"] = state["scaling_layer.scale"] = torch.zeros(1, 3, 1, 1)
+    return state
+
+
+def assert_same(path, expected):
+    ours, theirs = lpips_weights.load(path), lpips_weights.load(expected)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_torchvisions_and_lpips_files_make_one(reference, weights_file, tmp_path, legacy):
+    paths = [tmp_path / "vgg16.pth", tmp_path / "vgg.pth"]
+    for path, state in zip(paths, split(reference), strict=True):
+        torch.save(state, path, _use_new_zipfile_serialization=not legacy)
+    out = tmp_path / "new" / "lpips.safetensors"
+    lpips_weights.convert(paths[::-1], out)
+    assert_same(out, weights_file)
+    written = safetensors.numpy.load_file(out)
+    original = safetensors.numpy.load_file(weights_file)
+    assert written.keys() == original.keys()
+    for name, tensor in written.items():
+        np.testing.assert_array_equal(tensor, original[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "loss.perceptual_loss.", "first_stage_model.loss.perceptual_loss."]
+)
+def test_one_file_with_both_is_enough(reference, weights_file, tmp_path, prefix):
+    """The module's own state, and the checkpoint of an autoencoder that was trained with it."""
+    state = {prefix + name: tensor for name, tensor in of_the_module(reference).items()}
+    if prefix:
+        state |= {"encoder.conv_in.weight": torch.zeros(3), "loss.logvar": torch.zeros(())}
+    torch.save({"state_dict": state}, tmp_path / "model.ckpt")
+    lpips_weights.convert([tmp_path / "model.ckpt"], tmp_path / "lpips.safetensors")
+    assert_same(tmp_path / "lpips.safetensors", weights_file)
+    assert_same(tmp_path / "model.ckpt", weights_file)  # it need not even be converted
+
+
+def test_sources_that_are_not_enough_or_too_much_are_refused(reference, tmp_path):
+    vgg, linear = tmp_path / "vgg16.pth", tmp_path / "vgg.pth"
+    for path, state in zip((vgg, linear), split(reference), strict=True):
+        torch.save(state, path)
+    out = tmp_path / "lpips.safetensors"
+    with pytest.raises(
+        UserError, match=r"5 missing: 'lin0\.model\.1\.weight' \(1, 64, 1, 1\)"
+    ) as error:
+        lpips_weights.convert([vgg], out)
+    assert str(vgg) in str(error.value)
+    with pytest.raises(UserError, match=r"26 missing: 'features\..* and 6 more"):
+        lpips_weights.convert([linear], out)
+    with pytest.raises(UserError, match=r"has tensor 'features\.0\.bias', and so has a source"):
+        lpips_weights.convert([vgg, linear, vgg], out)
+    torch.save({"lin0.model.1.weight": torch.zeros(1, 64, 1, 1), "lin9.a": torch.zeros(2)}, linear)
+    with pytest.raises(UserError, match=r"1 extra: 'lin9\.a' \(2,\)"):
+        lpips_weights.convert([vgg, linear], out)
+    with pytest.raises(UserError, match=r"written as \.safetensors, not to .*lpips\.pth"):
+        lpips_weights.convert([vgg, linear], tmp_path / "lpips.pth")
+    assert not out.exists()

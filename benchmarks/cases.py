@@ -1,0 +1,65 @@
+"""What is measured: networks, sizes, and the names of the files that both sides share.
+
+Imports nothing that takes long, or memory: peak memory is measured by process.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+AUTOENCODER = "autoencoder"  # a folder of diffusers
+DISCRIMINATOR = "discriminator.npz"  # PyTorch's names and layout
+LPIPS = "lpips.safetensors"
+INPUTS = "inputs.npz"  # images or latents, NHWC
+NOISE = "noise.npz"  # of the posterior, for the steps that are compared
+
+KL_WEIGHT, DISC_WEIGHT, LEARNING_RATE, BETAS = 1e-6, 0.5, 1e-4, (0.5, 0.9)
+FIGURES = ("rec_loss", "kl", "g_loss", "d_loss", "d_weight")  # of a step, compared
+COMPARED_STEPS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+      task: `encode`, `decode` or `train`.
+      channels, channel_multipliers, z_channels: of the autoencoder (two blocks a level, 32 groups,
+        attention in the middle: Stable Diffusion's first stage and smaller ones).
+      image_size: side in pixels.
+      batch_size: images.
+      perceptual: whether the train step has LPIPS, with random weights.
+      tolerance: of the comparison, relative to the largest value.
+    """
+
+    task: str
+    channels: int
+    channel_multipliers: Sequence[int]
+    z_channels: int
+    image_size: int
+    batch_size: int = 1
+    perceptual: bool = False
+    tolerance: float = 1e-4
+
+    @property
+    def factor(self) -> int:
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.image_size // self.factor
+        return side, side, self.z_channels
+
+
+SD = dict(channels=128, channel_multipliers=(1, 2, 4, 4), z_channels=4)
+SMALL = dict(channels=64, channel_multipliers=(1, 2, 4), z_channels=3)
+CASES = {
+    "sd_encode_512": Case("encode", image_size=512, **SD),
+    "sd_decode_512": Case("decode", image_size=512, **SD),
+    "train_small": Case("train", image_size=64, batch_size=8, tolerance=1e-3, **SMALL),
+    "train_small_lpips": Case(
+        "train", image_size=64, batch_size=8, tolerance=1e-3, perceptual=True, **SMALL
+    ),
+    "tiny_decode": Case("decode", 32, (1, 2), 3, 32),
+    "tiny_train": Case("train", 32, (1, 2), 3, 32, batch_size=2, perceptual=True, tolerance=1e-3),
+}
+DEFAULT_CASES = tuple(name for name in CASES if not name.startswith("tiny"))

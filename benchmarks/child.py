@@ -1,0 +1,92 @@
+"""A side of a benchmark as a process that waits to be told to run, and its handle.
+
+The child answers each line on its standard input with one line of JSON: so two sides can take turns
+while each has its own memory.
+"""
+
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def limit_threads(count: int) -> None:
+    """Keeps this process on `count` of its processors; before any pool of threads is made."""
+    processors = sorted(os.sched_getaffinity(0))[:count]
+    os.sched_setaffinity(0, processors)
+    os.environ["OMP_NUM_THREADS"] = str(count)
+
+
+def serve(run: Callable[[], None], facts: Callable[[], dict[str, Any]], channel: Any) -> None:
+    """Runs once for each line that comes in, and says how long it took, in seconds.
+
+    Args:
+      run: does the work and waits until it is done.
+      facts: what else to answer: peak memory on the accelerator, say.
+      channel: file to answer on.
+    """
+    reply(channel, facts())
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - start
+        reply(channel, {"seconds": seconds, **facts()})
+
+
+def reply(channel: Any, answer: dict[str, Any]) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"peak_rss_mib": peak, **answer}), file=channel, flush=True)
+
+
+def open_channel() -> Any:
+    """A file for answers; whatever libraries print goes to standard error from now on."""
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return channel
+
+
+class Child:
+    """A process that serves; ready, with all warmed up, once made.
+
+    Raises:
+      RuntimeError: it did not get that far; the message ends with its last words.
+    """
+
+    def __init__(self, script: str, arguments: list[str], log: pathlib.Path):
+        here = pathlib.Path(__file__).parent
+        self._log = log
+        self._process = subprocess.Popen(
+            [sys.executable, str(here / script), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            text=True,
+        )
+        self.facts = self._answer()
+
+    def run(self) -> float:
+        """Seconds of one run."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("run\n")
+        self._process.stdin.flush()
+        self.facts = self._answer()
+        return self.facts["seconds"]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            words = self._log.read_text("utf-8", errors="replace").strip().splitlines()
+            raise RuntimeError(words[-1] if words else "it ended without a word")
+        return json.loads(line)

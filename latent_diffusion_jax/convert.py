@@ -1,0 +1,90 @@
+r"""Converts weights between this package and others.
+
+  python -m latent_diffusion_jax.convert --source=runs/mine --to=diffusers --out=exported/vae
+  python -m latent_diffusion_jax.convert --source=model.ckpt --to=diffusers --out=exported/vae
+  python -m latent_diffusion_jax.convert --source=vgg16-397923af.pth --source=vgg.pth \
+      --to=lpips --out=lpips.safetensors
+
+--to=diffusers and --to=compvis write a first stage, --to=lpips the weights of the perceptual loss.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from latent_diffusion_jax import build
+from latent_diffusion_jax.runtime import loggers
+from latent_diffusion_jax.runtime.commands import run
+from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.weights import autoencoders, lpips
+
+FLAGS = flags.FLAGS
+
+FORMATS = ("lpips", "diffusers", "compvis")
+
+
+def load_first_stage(source: str, num_groups: int | None = None) -> autoencoders.Loaded:
+    """The first stage of a workdir, a diffusers folder or a CompVis file.
+
+    Raises:
+      UserError: there is none, or it cannot be read; `num_groups` is given for a workdir.
+    """
+    if not (pathlib.Path(source).expanduser() / "first_stage").is_dir():
+        return autoencoders.load(source, num_groups)
+    if num_groups is not None:
+        raise UserError(f"--num_groups is for CompVis files; the workdir {source} has its own")
+    stage = build.open_first_stage(source)
+    return autoencoders.Loaded(stage.kind, stage.fields, stage.params, stage.scale_factor)
+
+
+def convert(
+    sources: Sequence[str], to: str, out: str, num_groups: int | None = None, prefix: bool = False
+) -> None:
+    """Reads `sources` and writes `out`; the arguments are the command's flags.
+
+    Raises:
+      UserError: a source cannot be read, `out` cannot be written, or the format cannot express it.
+    """
+    if to == "lpips":
+        lpips.convert(sources, out)
+        return
+    if len(sources) != 1:
+        raise UserError(f"a first stage has one source, got {len(sources)}")
+    loaded = load_first_stage(sources[0], num_groups)
+    network = loaded.kind, loaded.fields, loaded.params
+    if to == "diffusers":
+        autoencoders.save_diffusers(out, *network, loaded.scaling_factor)
+    else:
+        autoencoders.save_compvis(out, *network, prefix, loaded.scaling_factor)
+
+
+def define_flags() -> None:
+    flags.DEFINE_multi_string(
+        "source", None, "What to convert. For a first stage a workdir that train wrote, a folder "
+        "of diffusers, or a .safetensors or .ckpt of CompVis' code; for lpips torchvision's VGG16 "
+        "and the vgg.pth of lpips, each with its own --source, or one file with both.",
+        required=True,
+    )  # fmt: skip
+    flags.DEFINE_enum("to", None, FORMATS, "Format to write.", required=True)
+    flags.DEFINE_string(
+        "out", None, "A folder for diffusers, else a .safetensors file.", required=True
+    )
+    flags.DEFINE_integer(
+        "num_groups", None, "Groups of normalisation in a CompVis file, which does not say; "
+        "default 32.", lower_bound=1,
+    )  # fmt: skip
+    flags.DEFINE_boolean(
+        "prefix", False, "For compvis: names begin with first_stage_model., as in a whole model."
+    )
+
+
+def main() -> None:
+    loggers.set_up_logging()
+    convert(FLAGS.source, FLAGS.to, FLAGS.out, FLAGS.num_groups, FLAGS.prefix)
+    print(f"{' and '.join(FLAGS.source)} -> {FLAGS.out}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    run(main)

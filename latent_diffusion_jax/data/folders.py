@@ -1,0 +1,170 @@
+"""A folder of images as a source: its splits, and captions in `metadata.jsonl` or `.txt` files."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl import logging
+
+from latent_diffusion_jax.runtime.errors import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+CAPTION_COLUMNS = ("file_name", "text")
+
+
+class FolderSource:
+    """Images in a folder (subfolders too) with `metadata.jsonl` or a `.txt` beside each image.
+
+    Not `captioned`, all images are used and have the caption "".
+    """
+
+    label_names: Sequence[str] = ()
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        split: str,
+        holdout_share: float,
+        template: str,
+        captioned: bool = True,
+    ):
+        if split not in ("train", "test"):
+            raise UserError(f"a data folder has the splits train and test, not {split!r}")
+        pairs = _split(folder, split, holdout_share, captioned)
+        if not pairs:
+            expected = "image files"
+            if captioned:
+                expected += " with a metadata.jsonl (file_name, text) or a .txt beside each"
+            raise UserError(
+                f"data folder {folder} has no {'captioned ' * captioned}images for split "
+                f"{split!r}: expected {expected}"
+            )
+        self._template = template if captioned else "{}"
+        self._paths = [path for path, _ in pairs]
+        self._captions = [caption for _, caption in pairs]
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = self._paths[index]
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        return {
+            "image": data,
+            "captions": self.captions(index),
+            "label": None,
+            "name": str(path),
+        }
+
+    def captions(self, index: int) -> list[str]:
+        return [self._template.format(caption) for caption in self._captions[index]]
+
+
+def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Image files, sorted; where there are none, the arrays (.npy)."""
+    paths = sorted(folder.rglob("*"))
+    found = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    return found or [path for path in paths if path.suffix.lower() == ".npy"]
+
+
+def _captions(folder: pathlib.Path, captioned: bool) -> list[tuple[pathlib.Path, list[str]]]:
+    """Image paths with their captions, sorted by path."""
+    if not captioned:
+        return [(path, [""]) for path in _image_files(folder)]
+    tables = sorted(folder.rglob("metadata.jsonl"))
+    if tables:
+        pairs = [pair for table in tables for pair in _read_table(table)]
+        listed = {path for path, _ in pairs}
+        unlisted = [path for path in _image_files(folder) if path not in listed]
+        if unlisted:
+            logging.warning(
+                "%d images in %s are in no metadata.jsonl and not used, the first is %s",
+                *(len(unlisted), folder, unlisted[0].relative_to(folder)),
+            )
+        return sorted(pairs, key=lambda pair: pair[0])
+    pairs, without = [], []
+    for path in _image_files(folder):
+        text = path.with_suffix(".txt")
+        if text.is_file():
+            try:
+                pairs.append((path, [text.read_text("utf-8").strip()]))
+            except UnicodeDecodeError as error:
+                raise UserError(f"caption file {text} is not UTF-8 text: {error}") from error
+        else:
+            without.append(path)
+    if without:
+        raise UserError(
+            f"{len(without)} of {len(pairs) + len(without)} images in {folder} have no caption, "
+            f"the first is {without[0].relative_to(folder)}: expected {without[0].stem}.txt "
+            "beside it, or a metadata.jsonl (data.caption_key='' is for images without captions)"
+        )
+    return pairs
+
+
+def _read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
+    """Rows of a `metadata.jsonl`, checked."""
+    root, pairs = table.parent.resolve(), []
+    try:
+        lines = table.read_text("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{table} is not UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{table}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not a JSON object: {error}") from error
+        columns = list(row) if isinstance(row, dict) else [type(row).__name__]
+        missing = [column for column in CAPTION_COLUMNS if column not in columns]
+        if missing:
+            raise UserError(
+                f"{where}: no column {' and '.join(missing)}; found {', '.join(columns)}, "
+                f"expected {', '.join(CAPTION_COLUMNS)}"
+            )
+        texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{where}: text must be a string or a list of strings")
+        path = table.parent / str(row["file_name"])
+        try:
+            inside, exists = path.resolve().is_relative_to(root), path.is_file()
+        except (OSError, ValueError):  # too long a name, or one with a zero byte
+            inside, exists = True, False
+        if not inside:
+            raise UserError(f"{where}: file_name {row['file_name']!r} leads out of {table.parent}")
+        if not exists:
+            raise UserError(f"{where}: image {row['file_name']!r} does not exist in {table.parent}")
+        pairs.append((path, texts))
+    return pairs
+
+
+def _split(
+    folder: pathlib.Path, split: str, holdout_share: float, captioned: bool
+) -> list[tuple[pathlib.Path, list[str]]]:
+    """The images of a split: a subfolder's, or a share by file name where there is none for it."""
+    train, test = (
+        next((folder / name for name in names if (folder / name).is_dir()), None)
+        for names in (("train",), ("test", "validation", "valid", "val"))
+    )
+    if test is not None:
+        if split == "test":
+            return _captions(test, captioned)
+        if train is not None:
+            return _captions(train, captioned)
+        return [pair for pair in _captions(folder, captioned) if not pair[0].is_relative_to(test)]
+    root = train or folder
+    pairs = _captions(root, captioned)
+
+    def is_test(path: pathlib.Path) -> bool:
+        digest = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
+        return int.from_bytes(digest[:8], "big") < holdout_share * 2**64
+
+    # By name, so that adding images moves none; a folder too small for its share gives its first.
+    held_out = {path for path, _ in pairs if is_test(path)} or {path for path, _ in pairs[:1]}
+    return [pair for pair in pairs if (pair[0] in held_out) == (split == "test")]

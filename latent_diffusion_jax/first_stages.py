@@ -1,0 +1,167 @@
+"""Trained first stages from wherever they lie: a workdir, a diffusers folder, a CompVis file."""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from latent_diffusion_jax import build
+from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
+from latent_diffusion_jax.runtime import checkpoints, sharding
+from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.training.state import State
+from latent_diffusion_jax.weights import autoencoders
+
+
+class FirstStage(NamedTuple):
+    """A trained autoencoder.
+
+    Attributes:
+      kind: `kl` or `vq`.
+      fields: of the network.
+      network: the network.
+      params: its parameters on the mesh (the moving average's, where there is one).
+      scale_factor: by which latents get unit variance; None where nobody has measured it.
+      config: that it was trained with; None for others' files.
+    """
+
+    kind: str
+    fields: dict[str, Any]
+    network: AutoencoderKL | AutoencoderVQ
+    params: Any
+    scale_factor: float | None
+    config: ConfigDict | None
+
+
+def param_shapes(network: AutoencoderKL | AutoencoderVQ) -> Any:
+    """Parameters of an autoencoder as shapes."""
+    size = network.downsampling_factor
+    images = jax.ShapeDtypeStruct((1, size, size, network.image_channels), jnp.float32)
+    return jax.eval_shape(network.init, jax.random.key(0), images)["params"]
+
+
+def is_workdir(path: pathlib.Path) -> bool:
+    return checkpoints.latest_step(path / "first_stage") is not None
+
+
+def complete_step(config: ConfigDict, workdir: pathlib.Path) -> int:
+    """Step of a workdir's complete first stage.
+
+    Raises:
+      UserError: there is none.
+    """
+    directory = workdir / "first_stage"
+    step = checkpoints.latest_step(directory)
+    if step is None or step < config.first_stage.num_steps:
+        raise UserError(f"{directory} holds no complete first stage; train it first (stages)")
+    return step
+
+
+def open_first_stage(path: str | pathlib.Path, mesh: jax.sharding.Mesh | None = None) -> FirstStage:
+    """Opens a first stage.
+
+    Args:
+      path: a workdir of `train` (its last checkpoint of the first stage), a diffusers folder of an
+        AutoencoderKL or VQModel or of a pipeline that has one, or a file of CompVis' layout
+        (.safetensors or .ckpt).
+      mesh: where parameters go; None for one device.
+
+    Raises:
+      UserError: nothing is there, or it is damaged or of another layout.
+    """
+    path = pathlib.Path(path).expanduser()
+    if mesh is None:
+        mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
+    if not path.exists():
+        raise UserError(f"first stage {path} does not exist")
+    if is_workdir(path):
+        return _open_workdir(path.absolute(), mesh)
+    loaded = autoencoders.load(path)
+    network = build.AUTOENCODERS[loaded.kind](**loaded.fields)
+    params = jax.device_put(loaded.params, sharding.state_sharding(loaded.params, mesh))
+    scale = loaded.scaling_factor
+    return FirstStage(loaded.kind, loaded.fields, network, params, scale, None)
+
+
+def _open_workdir(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> FirstStage:
+    directory = workdir / "first_stage"
+    step = checkpoints.latest_step(directory)
+    assert step is not None
+    config = ConfigDict(checkpoints.read_json(directory, step, "config"))
+    network = build.autoencoder(config)
+    part = "ema" if config.first_stage.ema_decay else "params"
+    shapes = {part: {"autoencoder": param_shapes(network)}}
+    wanted = checkpoints.abstract(shapes, sharding.state_sharding(shapes, mesh))
+    found = checkpoints.restore_part(directory, step, wanted)
+    scale = checkpoints.read_json(directory, step, "info").get("scale_factor")
+    return FirstStage(
+        kind=config.first_stage.kind,
+        fields=build.network_fields(config.first_stage.autoencoder),
+        network=network,
+        params=found[part]["autoencoder"],
+        scale_factor=scale,
+        config=config,
+    )
+
+
+def load_frozen(
+    config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+    """The frozen parameters `autoencoder` and `scale_factor` that a second stage works with.
+
+    Raises:
+      UserError: the workdir's first stage is not there, not complete or damaged.
+    """
+    complete_step(config, workdir)
+    found = open_first_stage(workdir, mesh)
+    scale = np.float32(found.scale_factor)
+    return {
+        "autoencoder": found.params,
+        "scale_factor": jax.device_put(scale, sharding.replicated(mesh)),
+    }
+
+
+def adopt(config: ConfigDict, workdir: pathlib.Path, params: Any, scale_factor: float) -> None:
+    """Writes a first stage from elsewhere into a workdir, complete, so that it holds all it needs.
+
+    Args:
+      config: of the workdir's run.
+      workdir: the folder.
+      params: of the autoencoder.
+      scale_factor: of its latents.
+    """
+    as_json = json.loads(config.to_json())
+    as_json["first_stage"]["ema_decay"] = 0.0  # these are the weights to work with
+    items = {"config": as_json, "info": {"scale_factor": scale_factor}}
+    state = State(np.int32(0), {"autoencoder": params}, None, None)
+    with checkpoints.open_manager(workdir / "first_stage", create=True) as manager:
+        checkpoints.save(manager, config.first_stage.num_steps, state, items)
+        manager.wait_until_finished()
+
+
+COMPUTATION = ("dtype", "remat")  # fields that do not change what a network is
+
+
+def check_same_network(config: ConfigDict, found: FirstStage, path: pathlib.Path) -> None:
+    """Raises UserError, naming the keys, where a first stage is not the one of the config."""
+    ours = build.network_fields(config.first_stage.autoencoder)
+    theirs = found.fields
+    different = [] if found.kind == config.first_stage.kind else ["kind"]
+    different += [
+        f"autoencoder.{key}={value} (there {theirs[key]})"
+        for key, value in ours.items()
+        if key not in COMPUTATION and key in theirs and _plain(value) != _plain(theirs[key])
+    ]
+    if different:
+        raise UserError(
+            f"the autoencoder in {path} ({found.kind}) is not that of the config: first_stage."
+            f"{', first_stage.'.join(different)}"
+        )
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,79 @@
+"""Gradients under XLA's control flow: micro-batches, and work that only some steps need.
+
+On CPUs XLA takes a hundred times as long for the weight gradients of convolutions inside loops and
+branches, so there loops are unrolled and branches computed and selected.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def accumulate(
+    function: Callable[[Any], tuple[Any, Any]], batch: Any, count: int
+) -> tuple[Any, Any]:
+    """Averages a function over micro-batches that are worked on one after the other.
+
+    Memory is that of one micro-batch and one more copy of what is averaged.
+
+    Args:
+      function: micro-batch -> (what is averaged, what is kept of the last one).
+      batch: a tree of arrays [B, ...]. Micro-batch i takes every count-th row from i on, so that
+        each device works on its own rows.
+      count: number of micro-batches; divides B.
+
+    Returns:
+      What `function` gives for the batch.
+    """
+    if count == 1:
+        return function(batch)
+    function = jax.jit(function)  # traced once
+    parts = jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch
+    )
+
+    def part(i: Any) -> Any:
+        return jax.tree.map(lambda x: x[i], parts)
+
+    def add(total: Any, new: Any) -> Any:
+        return jax.tree.map(lambda a, b: a + b / count, total, new)
+
+    def unrolled() -> tuple[Any, Any]:
+        # Barriers keep XLA from working on all micro-batches at once.
+        found, last = function(part(0))
+        total = jax.tree.map(lambda x: x / count, found)
+        for i in range(1, count):
+            inputs, total = jax.lax.optimization_barrier((part(i), total))
+            found, last = function(inputs)
+            total = add(total, found)
+        return total, last
+
+    def looped() -> tuple[Any, Any]:
+        shapes = jax.eval_shape(function, part(0))
+        start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        def body(carry: tuple[Any, Any], inputs: Any) -> tuple[Any, None]:
+            found, last = function(inputs)
+            return (add(carry[0], found), last), None
+
+        return jax.lax.scan(body, start, parts)[0]
+
+    return jax.lax.platform_dependent(cpu=unrolled, default=looped)
+
+
+def run_if(condition: jax.Array, function: Callable[[Any], Any], otherwise: Any, args: Any) -> Any:
+    """`function(args)` where the scalar condition holds, else `otherwise`, of the same shapes."""
+
+    function = jax.jit(function)  # traced once
+
+    def select() -> Any:
+        return jax.tree.map(
+            lambda new, old: jnp.where(condition, new, old), function(args), otherwise
+        )
+
+    def branch() -> Any:
+        return jax.lax.cond(condition, lambda: function(args), lambda: otherwise)
+
+    return jax.lax.platform_dependent(cpu=select, default=branch)

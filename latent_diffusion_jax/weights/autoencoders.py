@@ -1,0 +1,212 @@
+"""First stages in and out of the formats of diffusers and of CompVis' code."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
+from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.trees import flatten_names
+from latent_diffusion_jax.weights import compvis, diffusers, files, mapping
+
+NETWORKS = {"kl": AutoencoderKL, "vq": AutoencoderVQ}
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # the one that is written
+WEIGHTS_FILES = (
+    WEIGHTS_FILE,
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.fp16.bin",
+)
+SUBFOLDERS = ("vae", "vqvae")  # of a pipeline's folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A first stage from a file.
+
+    Attributes:
+      kind: "kl" or "vq".
+      fields: keyword arguments of `AutoencoderKL` or `AutoencoderVQ`.
+      params: their parameters, a nested dict of NumPy arrays, float32.
+      scaling_factor: what latents are multiplied by for diffusion; None where the file is silent.
+    """
+
+    kind: str
+    fields: dict[str, Any]
+    params: Any
+    scaling_factor: float | None
+
+
+def load(path: str | pathlib.Path, num_groups: int | None = None) -> Loaded:
+    """Reads a first stage.
+
+    Args:
+      path: a folder of diffusers (`AutoencoderKL`, `VQModel`, or a pipeline with one of them), or
+        a file of CompVis' code (`.safetensors` or `.ckpt`; a first stage or a whole model).
+      num_groups: of group normalisation, which CompVis' files do not say; None means 32.
+
+    Raises:
+      UserError: there is no first stage at `path`, or one that `AutoencoderKL` and
+        `AutoencoderVQ` cannot be, or its tensors are not all there.
+    """
+    path = pathlib.Path(path).expanduser()
+    return _load_diffusers(path, num_groups) if path.is_dir() else _load_compvis(path, num_groups)
+
+
+def save_diffusers(
+    folder: str | pathlib.Path,
+    kind: str,
+    fields: Mapping[str, Any],
+    params: Any,
+    scaling_factor: float | None,
+    image_size: int = 256,
+) -> None:
+    """Writes a folder that diffusers' `from_pretrained` loads.
+
+    Args:
+      folder: is made; files of the same names in it are replaced.
+      kind: "kl" for an `AutoencoderKL`, "vq" for a `VQModel`.
+      fields: of the network, as in `Loaded`.
+      params: of the network.
+      scaling_factor: as in `Loaded`; None is written as 1.
+      image_size: in pixels, which the config mentions.
+
+    Raises:
+      UserError: diffusers has no such network, or the folder cannot be written.
+    """
+    folder = pathlib.Path(folder).expanduser()
+    config = diffusers.make_config(kind, fields, scaling_factor, image_size)
+    table = mapping.expand(diffusers.TABLE, _bindings(fields))
+    files.write(folder / WEIGHTS_FILE, mapping.to_theirs(table, params), {"format": "pt"})
+    partial = folder / f"{CONFIG_FILE}.partial"
+    try:
+        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        partial.replace(folder / CONFIG_FILE)
+    except OSError as error:
+        raise UserError(f"cannot write {folder / CONFIG_FILE}: {error.strerror}") from error
+
+
+def save_compvis(
+    path: str | pathlib.Path,
+    kind: str,
+    fields: Mapping[str, Any],
+    params: Any,
+    prefix: bool = False,
+    scaling_factor: float | None = None,
+) -> None:
+    """Writes a safetensors file with the names of CompVis' code.
+
+    Args:
+      path: of the file, `.safetensors`.
+      kind: "kl" or "vq".
+      fields: of the network, as in `Loaded`.
+      params: of the network.
+      prefix: names begin with `first_stage_model.`, as in the checkpoint of a whole model.
+      scaling_factor: as in `Loaded`; written with the prefix only, as `scale_factor`.
+
+    Raises:
+      UserError: CompVis' code has no such network, or the file cannot be written.
+    """
+    path = pathlib.Path(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"CompVis weights are written as .safetensors, not to {path}")
+    if fields.get("levels"):
+        raise UserError(
+            "CompVis' code has a codebook; it cannot express finite scalar quantisation"
+        )
+    if fields["num_groups"] != compvis.NUM_GROUPS:
+        raise UserError(
+            f"CompVis' code normalises in {compvis.NUM_GROUPS} groups; it cannot express "
+            f"num_groups {fields['num_groups']}"
+        )
+    table = mapping.expand(compvis.TABLE, _bindings(fields))
+    tensors = mapping.to_theirs(table, params)
+    if prefix:
+        tensors = {compvis.PREFIX + name: tensor for name, tensor in tensors.items()}
+        if scaling_factor is not None:
+            tensors["scale_factor"] = np.array(scaling_factor, np.float32)
+    files.write(path, tensors, {"format": "pt"})
+
+
+def _load_diffusers(folder: pathlib.Path, num_groups: int | None) -> Loaded:
+    candidates = [folder, *(folder / name for name in SUBFOLDERS)]
+    found = [place for place in candidates if (place / CONFIG_FILE).is_file()]
+    if not found:
+        raise UserError(
+            f"{folder} is no diffusers folder: there is no {CONFIG_FILE} in it, nor in "
+            f"{' or '.join(name + '/' for name in SUBFOLDERS)}"
+        )
+    folder, config_path = found[0], found[0] / CONFIG_FILE
+    try:
+        config = json.loads(config_path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {config_path}: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{config_path} holds no JSON object")
+    kind, fields, factor = diffusers.read_config(config, str(config_path))
+    if num_groups not in (None, fields["num_groups"]):
+        raise UserError(
+            f"{config_path} has norm_num_groups {fields['num_groups']}, not {num_groups}"
+        )
+    present = [folder / name for name in WEIGHTS_FILES if (folder / name).is_file()]
+    if not present:
+        raise UserError(f"{folder} has neither {WEIGHTS_FILES[0]} nor {WEIGHTS_FILES[1]}")
+    tensors = diffusers.current_names(files.read(present[0]))
+    params = _to_ours(diffusers.TABLE, tensors, kind, fields, str(present[0]))
+    return Loaded(kind, fields, params, factor)
+
+
+def _load_compvis(path: pathlib.Path, num_groups: int | None) -> Loaded:
+    tensors = files.read(path, skip=compvis.SKIPPED)
+    network = compvis.first_stage(tensors, str(path))
+    kind, fields = compvis.infer(network, num_groups, str(path))
+    params = _to_ours(compvis.TABLE, network, kind, fields, str(path))
+    factor = tensors.get("scale_factor")
+    if factor is not None and factor.size != 1:
+        raise UserError(f"{path} has a scale_factor of shape {factor.shape}, expected ()")
+    return Loaded(kind, fields, params, None if factor is None else float(factor.item()))
+
+
+def _to_ours(
+    rows: tuple[mapping.Row, ...],
+    tensors: Mapping[str, np.ndarray],
+    kind: str,
+    fields: Mapping[str, Any],
+    where: str,
+) -> Any:
+    return mapping.to_ours(
+        mapping.expand(rows, _bindings(fields)), tensors, _shapes(kind, fields, where), where
+    )
+
+
+def _bindings(fields: Mapping[str, Any]) -> list[dict[str, int]]:
+    """Values of the placeholders in the formats' tables."""
+    levels = len(fields["channel_multipliers"])
+    return [
+        {"level": level, "up": levels - 1 - level, "block": block}
+        for level in range(levels)
+        for block in range(fields["num_res_blocks"] + 1)
+    ]
+
+
+def _shapes(kind: str, fields: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of a network's parameters by slash-joined name; nothing is computed."""
+    channels, groups = fields["channels"], fields["num_groups"]
+    for width in {channels, *(channels * m for m in fields["channel_multipliers"])}:
+        if groups < 1 or width % groups:
+            raise UserError(
+                f"{where} has layers of {width} channels, which {groups} groups do not divide; "
+                f"give the num_groups that it was trained with"
+            )
+    network = NETWORKS[kind](**fields)
+    factor = network.downsampling_factor
+    images = jnp.zeros((1, factor, factor, fields["image_channels"]))
+    shapes = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
+    return {name: leaf.shape for name, leaf in flatten_names(shapes).items()}

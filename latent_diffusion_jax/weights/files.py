@@ -1,0 +1,136 @@
+"""Files of named tensors: `.safetensors` in and out, Torch's files in."""
+
+import contextlib
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.weights import torch_files
+from latent_diffusion_jax.weights.torch_files import FormatError
+
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E5M2": jnp.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+    "C64": np.complex64,
+}
+MAX_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+def read(
+    path: str | pathlib.Path, skip: tuple[str, ...] = (), what: str = "weights"
+) -> dict[str, np.ndarray]:
+    """Tensors of a file by name, in the file's dtypes and read-only.
+
+    Which format a file has is seen from its contents: safetensors, or Torch's (`.ckpt`, `.pt`,
+    `.pth`, `.bin`), of which the pickle is not executed. Where a Torch file has a `state_dict`,
+    its tensors are meant.
+
+    Args:
+      path: the file.
+      skip: beginnings of names whose tensors are not read.
+      what: the file holds, for messages.
+
+    Raises:
+      UserError: there is no such file, or it is damaged, cut short or of another kind.
+    """
+    path = pathlib.Path(path).expanduser()
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+        if not head:
+            raise FormatError("it is empty")
+        if torch_files.is_torch(head):
+            tensors = torch_files.read(path, skip)
+        else:
+            tensors = _read_safetensors(path, skip)
+    except OSError as error:
+        raise UserError(f"cannot read {what} {path}: {error.strerror or error}") from error
+    except FormatError as error:
+        raise UserError(f"cannot read {what} {path}: {error}") from error
+    except Exception as error:  # a damaged pickle raises anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"cannot read {what} {path}: it is damaged or cut short ({reason})"
+        ) from error
+    return tensors
+
+
+def _read_safetensors(path: pathlib.Path, skip: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Maps the file into memory: what is not used is not read."""
+    unknown = "it is neither a safetensors file nor one that torch.save wrote"
+    with path.open("rb") as file:
+        head = file.read(9)
+        size = int.from_bytes(head[:8], "little")
+        total = path.stat().st_size
+        if head[8:] != b"{" or size > MAX_HEADER:
+            raise FormatError(unknown)
+        if 8 + size > total:
+            raise FormatError(f"it is cut short: its header of {size} bytes is not all there")
+        file.seek(8)
+        try:
+            header = json.loads(file.read(size))
+        except ValueError as error:
+            raise FormatError(unknown) from error
+    header.pop("__metadata__", None)
+    expected = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if expected != total:
+        reason = "it is cut short" if total < expected else "it is damaged"
+        raise FormatError(f"{reason}: it has {total} bytes and should have {expected}")
+    data = np.asarray(np.memmap(path, np.uint8, "r"))
+    tensors = {}
+    for name, entry in header.items():
+        if name.startswith(skip):
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise FormatError(f"tensor {name!r} has the unknown dtype {entry['dtype']!r}")
+        dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+            raise FormatError(f"it is damaged: tensor {name!r} has the wrong number of bytes")
+        part = data[8 + size + begin : 8 + size + end]
+        tensors[name] = part.view(dtype).reshape(shape)
+    return tensors
+
+
+def write(
+    path: str | pathlib.Path,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file, all of it or nothing; makes the folder that it is in.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    path = pathlib.Path(path).expanduser()
+    partial = path.with_name(path.name + ".partial")
+    whole = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.numpy.save_file(whole, str(partial), dict(metadata) if metadata else None)
+        partial.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"cannot write weights {path}: {reason}") from error

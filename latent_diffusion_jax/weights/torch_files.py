@@ -1,0 +1,289 @@
+"""Tensors in files that `torch.save` wrote, read without Torch and without executing the pickle.
+
+Both of Torch's formats are known: the zip archive (1.6 and later) and the older stream of pickles.
+In either a pickle says which tensors there are and where in which storage they lie. A pickle is a
+program, which may call anything that it names; here its names resolve to the few things that
+tensors need, and everything else to objects that take every call and do nothing.
+"""
+
+import collections
+import dataclasses
+import functools
+import io
+import os
+import pathlib
+import pickle
+import zipfile
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import jax.numpy as jnp
+import numpy as np
+
+ZIP_MAGIC = b"PK\x03\x04"
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_VERSION = 1001
+
+DTYPES = {
+    "float64": np.float64,
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": jnp.bfloat16,
+    "float8_e4m3fn": jnp.float8_e4m3fn,
+    "float8_e5m2": jnp.float8_e5m2,
+    "int64": np.int64,
+    "int32": np.int32,
+    "int16": np.int16,
+    "int8": np.int8,
+    "uint64": np.uint64,
+    "uint32": np.uint32,
+    "uint16": np.uint16,
+    "uint8": np.uint8,
+    "bool": np.bool_,
+    "complex64": np.complex64,
+    "complex128": np.complex128,
+}
+STORAGES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "UntypedStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+}
+
+
+class FormatError(ValueError):
+    """Says what is wrong with a file, as the end of a sentence about it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _DType:
+    """A dtype by its name in Torch: NumPy's own are shared objects, which a pickle could change."""
+
+    name: str
+
+    def numpy(self) -> np.dtype:
+        return np.dtype(DTYPES[self.name])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    """A run of numbers in the file."""
+
+    key: str
+    dtype: np.dtype
+    size: int  # numbers
+    first: int = 0  # number that a view begins at
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """Where a tensor lies in its storage; offset and strides count numbers."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Inert:
+    """Stands for an object that is not needed. Takes what pickles do to objects and does nothing.
+
+    `find_class` makes a new subclass each time: what a pickle sets on one, no other read sees.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _ignore(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    __call__ = __setstate__ = __setitem__ = append = extend = add = _ignore
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Any:
+    """What `torch._utils._rebuild_tensor_v2` is called with, kept for later."""
+    if not isinstance(storage, _Storage):
+        return _Inert()
+    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_typed_tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+) -> Any:
+    """As above for dtypes that have no storage class: the storage is of bytes."""
+    if not isinstance(storage, _Storage):
+        return _Inert()
+    size = storage.size // dtype.numpy().itemsize
+    storage = dataclasses.replace(storage, dtype=dtype.numpy(), size=size)
+    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
+    return tensor
+
+
+REBUILD: dict[str, Callable[..., Any]] = {
+    "_rebuild_tensor": _rebuild_tensor,
+    "_rebuild_tensor_v2": _rebuild_tensor,
+    "_rebuild_tensor_v3": _rebuild_typed_tensor,
+    "_rebuild_parameter": _rebuild_parameter,
+    "_rebuild_parameter_with_state": _rebuild_parameter,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Resolves what tensors need; whatever else a pickle names is inert."""
+
+    def __init__(self, file: BinaryIO):
+        # Files of Python 2 hold byte strings; Latin-1 has a character for each byte.
+        super().__init__(file, encoding="latin1")  # type: ignore[arg-type]
+        self.dtypes: dict[str, np.dtype] = {}  # of the storages, by key
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if module == "torch._utils" and name in REBUILD:
+            return functools.partial(REBUILD[name])  # a new one each time, as for `_Inert`
+        if module in ("torch", "torch.storage") and name in STORAGES:
+            return _DType(STORAGES[name])
+        if module == "torch" and name in DTYPES:
+            return _DType(name)
+        return type("Inert", (_Inert,), {})
+
+    def persistent_load(self, pid: Any) -> Any:
+        if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"):
+            return _Inert()
+        if not isinstance(pid[1], _DType):
+            return _Inert()
+        dtype, key, size = pid[1].numpy(), str(pid[2]), int(pid[4])
+        self.dtypes[key] = dtype
+        if len(pid) > 5 and pid[5] is not None:  # a part of another storage, in old files
+            first, size = int(pid[5][1]), int(pid[5][2])
+            return _Storage(key, dtype, size, first)
+        return _Storage(key, dtype, size)
+
+
+def is_torch(head: bytes) -> bool:
+    """Whether a file that starts with these 16 bytes may be one of Torch's."""
+    # A safetensors file has its header's size first, which may look like a pickle, then a {.
+    return head.startswith(ZIP_MAGIC) or (head[:1] == b"\x80" and head[8:9] != b"{")
+
+
+def read(path: pathlib.Path, skip: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    """Tensors by name, those of the dict at the top or of its `state_dict`.
+
+    Args:
+      path: the file.
+      skip: beginnings of names whose tensors are not read.
+
+    Raises:
+      FormatError: the file is none of Torch's.
+      Exception: of any kind, where it is damaged.
+    """
+    with path.open("rb") as file:
+        if file.read(4) == ZIP_MAGIC:
+            with zipfile.ZipFile(file) as archive:
+                return _read_zip(archive, skip)
+        file.seek(0)
+        return _read_legacy(file, skip)
+
+
+def _read_zip(archive: zipfile.ZipFile, skip: tuple[str, ...]) -> dict[str, np.ndarray]:
+    names = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
+    if len(names) != 1:
+        raise FormatError("it is a zip archive, but not one that torch.save wrote")
+    root = names[0].removesuffix("data.pkl")
+    if root + "byteorder" in archive.namelist() and archive.read(root + "byteorder") != b"little":
+        raise FormatError("its numbers are big-endian")
+    unpickler = _Unpickler(io.BytesIO(archive.read(names[0])))
+    tensors = _tensors(unpickler.load(), skip)
+    return _materialise(tensors, lambda storage: archive.read(f"{root}data/{storage.key}"))
+
+
+def _read_legacy(file: BinaryIO, skip: tuple[str, ...]) -> dict[str, np.ndarray]:
+    if _Unpickler(file).load() != LEGACY_MAGIC or _Unpickler(file).load() != LEGACY_VERSION:
+        raise FormatError("it is a pickle, but not one that torch.save wrote")
+    system = _Unpickler(file).load()
+    if not system.get("little_endian", True):
+        raise FormatError("its numbers are big-endian")
+    unpickler = _Unpickler(file)
+    tensors = _tensors(unpickler.load(), skip)
+    places = {}
+    for key in _Unpickler(file).load():  # each storage is its size, then its numbers
+        size = int.from_bytes(file.read(8), "little", signed=True)
+        if size < 0:
+            raise FormatError("it is damaged: a storage has a negative size")
+        places[str(key)] = file.tell(), size * unpickler.dtypes[str(key)].itemsize
+        file.seek(places[str(key)][1], os.SEEK_CUR)
+    end, size = file.tell(), file.seek(0, os.SEEK_END)
+    if end > size:
+        raise FormatError(f"it is cut short: it has {size} bytes and should have {end}")
+
+    def load(storage: _Storage) -> bytes:
+        file.seek(places[storage.key][0])
+        return file.read(places[storage.key][1])
+
+    return _materialise(tensors, load)
+
+
+def _tensors(loaded: Any, skip: tuple[str, ...]) -> dict[str, _Tensor]:
+    """The tensors in an unpickled dict or its `state_dict`."""
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict):
+        raise FormatError("it holds no dict of tensors")
+    return {
+        name: tensor
+        for name, tensor in loaded.items()
+        if isinstance(name, str) and isinstance(tensor, _Tensor) and not name.startswith(skip)
+    }
+
+
+def _materialise(
+    tensors: dict[str, _Tensor], load: Callable[[_Storage], bytes]
+) -> dict[str, np.ndarray]:
+    """Arrays (read-only views) of tensors; each storage is loaded once."""
+    loaded: dict[str, bytes] = {}
+    arrays = {}
+    for name, tensor in tensors.items():
+        storage = tensor.storage
+        if storage.key not in loaded:
+            loaded[storage.key] = load(storage)
+        values = np.frombuffer(loaded[storage.key], storage.dtype)
+        if len(values) < storage.first + storage.size:
+            raise FormatError(f"it is cut short: the numbers of {name!r} are not all there")
+        values = values[storage.first : storage.first + storage.size]
+        arrays[name] = _view(name, values, tensor)
+    return arrays
+
+
+def _view(name: str, values: np.ndarray, tensor: _Tensor) -> np.ndarray:
+    """The part of a storage that is a tensor, never beyond the storage's bounds."""
+    steps = [tensor.offset, *tensor.shape, *tensor.strides]
+    if not all(isinstance(n, int) and n >= 0 for n in steps):
+        raise FormatError(f"tensor {name!r} has no valid shape")
+    if 0 in tensor.shape:
+        return np.zeros(tensor.shape, values.dtype)
+    last = tensor.offset + sum(
+        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True)
+    )
+    if last >= len(values):
+        raise FormatError(f"tensor {name!r} reaches beyond its storage")
+    return np.lib.stride_tricks.as_strided(
+        values[tensor.offset :],
+        tensor.shape,
+        [stride * values.itemsize for stride in tensor.strides],
+        writeable=False,
+    )

@@ -1,0 +1,322 @@
+"""Folders of images as sources: captions, splits, and what is said about broken ones."""
+
+import io
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+from absl import logging
+from PIL import Image
+
+from latent_diffusion_jax.data.sources import open_source
+from latent_diffusion_jax.runtime import images
+from latent_diffusion_jax.runtime.errors import UserError
+
+
+def level(record) -> int:
+    """The grey level that a record's image shows."""
+    return images.decode(record["image"]).getpixel((0, 0))[0]
+
+
+def everything(source) -> list:
+    return [source[i] for i in range(len(source))]
+
+
+def raises_user_error(*parts: str):
+    """Expects a UserError of one line that says each of these."""
+    pattern = "".join(f"(?=.*{re.escape(part)})" for part in parts)
+    return pytest.raises(UserError, match=rf"^{pattern}[^\n]*$")
+
+
+def table(*rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def captions(folder: pathlib.Path, split: str, **options) -> dict[str, list[str]]:
+    """Captions by file name."""
+    records = everything(open_source(str(folder), split, **options))
+    found = {str(pathlib.Path(r["name"]).relative_to(folder)): r["captions"] for r in records}
+    assert len(found) == len(records)
+    return found
+
+
+def all_captions(folder: pathlib.Path, **options) -> dict[str, list[str]]:
+    return captions(folder, "train", **options) | captions(folder, "test", **options)
+
+
+def test_metadata_table(make_folder, png):
+    folder = make_folder(
+        {
+            "a.png": png(1),
+            "deep/er/b.png": png(2),
+            "metadata.jsonl": table(
+                {"file_name": "a.png", "text": "one", "seed": 3},
+                {"file_name": "deep/er/b.png", "text": ["two", "zwei"]},
+            )
+            + "\n",
+        }
+    )
+    assert all_captions(folder) == {"a.png": ["one"], "deep/er/b.png": ["two", "zwei"]}
+    for split in ("train", "test"):
+        for record in everything(open_source(str(folder), split)):
+            assert level(record) == (1 if record["captions"] == ["one"] else 2)
+            assert record["label"] is None
+
+
+def test_metadata_tables_in_subfolders(make_folder):
+    folder = make_folder(
+        {
+            "x/a.png": None,
+            "x/metadata.jsonl": table({"file_name": "a.png", "text": "one"}),
+            "y/a.png": None,
+            "y/metadata.jsonl": table({"file_name": "a.png", "text": "two"}),
+        }
+    )
+    assert all_captions(folder) == {"x/a.png": ["one"], "y/a.png": ["two"]}
+
+
+def test_text_files_beside_images(make_folder):
+    folder = make_folder(
+        {"a.png": None, "a.txt": " one\n", "sub/B.JPG": None, "sub/B.txt": "zwölf", "x.md": "no"}
+    )
+    assert all_captions(folder) == {"a.png": ["one"], "sub/B.JPG": ["zwölf"]}
+
+
+def test_caption_with_unusual_line_separators(make_folder):
+    # They are no line ends in JSON Lines, and json.dumps(ensure_ascii=False) leaves them as is.
+    text = "first\u2028second\x85third"
+    row = json.dumps({"file_name": "a.png", "text": text}, ensure_ascii=False)
+    folder = make_folder({"a.png": None, "metadata.jsonl": row + "\n"})
+    assert captions(folder, "test", holdout_share=1.0) == {"a.png": [text]}
+
+
+def test_caption_template_for_folders(make_folder):
+    folder = make_folder({"a.png": None, "a.txt": "one", "b.png": None, "b.txt": "{}"})
+    found = all_captions(folder, caption_template="a photo of {}")
+    assert found == {"a.png": ["a photo of one"], "b.png": ["a photo of {}"]}
+
+
+@pytest.mark.parametrize("held_out", ["test", "validation", "valid", "val"])
+def test_split_subfolders(make_folder, held_out):
+    folder = make_folder(
+        {
+            "train/a.png": None,
+            "train/a.txt": "one",
+            f"{held_out}/b.png": None,
+            f"{held_out}/b.txt": "two",
+        }
+    )
+    assert captions(folder, "train") == {"train/a.png": ["one"]}
+    assert captions(folder, "test") == {f"{held_out}/b.png": ["two"]}
+
+
+def many(count: int, prefix: str = "") -> dict[str, str | None]:
+    """Files of a folder with `count` captioned images."""
+    files: dict[str, str | None] = {}
+    for i in range(count):
+        files |= {f"{prefix}{i:04d}.png": None, f"{prefix}{i:04d}.txt": f"number {i}"}
+    return files
+
+
+@pytest.mark.parametrize("prefixes", [("train/",), ("test/", "")], ids=["no test/", "no train/"])
+def test_nothing_is_in_both_splits_where_one_subfolder_is_missing(make_folder, prefixes):
+    for prefix in prefixes:
+        folder = make_folder(many(60, prefix))
+    train = captions(folder, "train", holdout_share=0.3)
+    test = captions(folder, "test", holdout_share=0.3)
+    assert train and test
+    assert not train.keys() & test.keys()
+
+
+def test_hash_holdout_is_a_partition_of_about_the_asked_share(make_folder):
+    folder = make_folder(many(600))
+    for share in (0.05, 0.3):
+        train = captions(folder, "train", holdout_share=share)
+        test = captions(folder, "test", holdout_share=share)
+        assert not train.keys() & test.keys()
+        assert len(train) + len(test) == 600
+        assert len(test) / 600 == pytest.approx(share, abs=4 * (share * (1 - share) / 600) ** 0.5)
+
+
+def test_hash_holdout_stays_when_images_are_added(make_folder):
+    folder = make_folder(many(100))
+    before = {split: captions(folder, split, holdout_share=0.2) for split in ("train", "test")}
+    make_folder(many(100, "a_") | many(100, "new/"))
+    after = {split: captions(folder, split, holdout_share=0.2) for split in ("train", "test")}
+    for split in ("train", "test"):
+        assert before[split].keys() < after[split].keys()
+
+
+def test_a_small_folder_still_holds_one_image_out(make_folder):
+    folder = make_folder(many(3))
+    assert len(captions(folder, "test", holdout_share=0.0)) == 1
+    assert len(captions(folder, "train", holdout_share=0.0)) == 2
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "/nowhere/at/all", "~/nowhere"])
+def test_missing_folder(name):
+    with raises_user_error(name, "does not exist"):
+        open_source(name, "train")
+
+
+def test_empty_folder(make_folder):
+    folder = make_folder({"readme.md": "nothing here"})
+    with raises_user_error(str(folder), "'train'", "metadata.jsonl", ".txt"):
+        open_source(str(folder), "train")
+
+
+def test_folder_with_one_image_has_nothing_to_train_on(make_folder):
+    folder = make_folder(many(1))
+    with raises_user_error(str(folder), "'train'"):
+        open_source(str(folder), "train")
+
+
+def test_unknown_split_of_a_folder(make_folder):
+    with raises_user_error("'train[:50%]'", "train and test"):
+        open_source(str(make_folder(many(2))), "train[:50%]")
+
+
+GOOD_ROW = '{"file_name": "a.png", "text": "one"}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        pytest.param('{"image": "a.png", "text": "x"}', ["image", "file_name"], id="no file_name"),
+        pytest.param('{"file_name": "a.png", "caption": "x"}', ["caption", "text"], id="no text"),
+        pytest.param("[1, 2]", ["list", "file_name", "text"], id="a list"),
+        pytest.param("{'file_name': 'a.png'}", ["JSON"], id="not JSON"),
+        pytest.param('{"file_name": "a.png", "text": "x', ["JSON"], id="cut off"),
+        pytest.param('{"file_name": "a.png", "text": 3}', ["text", "string"], id="a number"),
+        pytest.param('{"file_name": "a.png", "text": []}', ["text", "string"], id="no caption"),
+        pytest.param('{"file_name": "a.png", "text": ["x", 1]}', ["text"], id="mixed captions"),
+        pytest.param('{"file_name": "b.png", "text": "x"}', ["'b.png'", "exist"], id="missing"),
+        pytest.param('{"file_name": "../b.png", "text": "x"}', ["'../b.png'"], id="out of it"),
+        pytest.param('{"file_name": "/b.png", "text": "x"}', ["'/b.png'"], id="absolute"),
+    ],
+)
+def test_bad_row_is_named_by_file_and_line(make_folder, png, line, said):
+    folder = make_folder({"a.png": None, "metadata.jsonl": GOOD_ROW + line + "\n"})
+    (folder.parent / "b.png").write_bytes(png())  # there, and still not to be read
+    with raises_user_error(f"{folder / 'metadata.jsonl'}, line 2", *said):
+        open_source(str(folder), "train")
+
+
+def test_link_out_of_the_folder(make_folder, tmp_path, png):
+    (tmp_path / "secret.png").write_bytes(png())
+    folder = make_folder({"metadata.jsonl": GOOD_ROW})
+    (folder / "a.png").symlink_to(tmp_path / "secret.png")
+    with raises_user_error(f"{folder / 'metadata.jsonl'}, line 1", "'a.png'"):
+        open_source(str(folder), "train")
+
+
+def test_image_without_caption(make_folder):
+    folder = make_folder({"a.png": None, "a.txt": "one", "sub/b.png": None, "sub/c.png": None})
+    with raises_user_error(str(folder), "2 of 3", "sub/b.png", "b.txt"):
+        open_source(str(folder), "train")
+
+
+def test_caption_file_that_is_not_utf8(make_folder):
+    folder = make_folder({"a.png": None, "a.txt": "schön".encode("latin-1")})
+    with raises_user_error(str(folder / "a.txt"), "UTF-8"):
+        open_source(str(folder), "train")
+
+
+def test_table_that_is_not_utf8(make_folder):
+    row = '{"file_name": "a.png", "text": "schön"}\n'.encode("latin-1")
+    folder = make_folder({"a.png": None, "metadata.jsonl": row})
+    with raises_user_error(str(folder / "metadata.jsonl"), "UTF-8"):
+        open_source(str(folder), "train")
+
+
+def test_image_that_vanishes_is_named(make_folder):
+    folder = make_folder(many(2))
+    source = open_source(str(folder), "train")
+    for path in folder.glob("*.png"):
+        path.unlink()
+    with raises_user_error(str(folder), ".png"):
+        source[0]
+
+
+def test_images_that_no_table_lists_are_counted(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
+    for i in range(4):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{i}.png")
+    rows = [json.dumps({"file_name": f"{i}.png", "text": "a"}) + "\n" for i in range(3)]
+    (tmp_path / "metadata.jsonl").write_text("".join(rows))
+    assert len(open_source(str(tmp_path), "train", holdout_share=0.0)) == 2
+    assert said and "1 images" in said[0] and "3.png" in said[0]
+
+
+# Without captions, and arrays.
+
+
+def test_images_without_captions(make_folder, png):
+    folder = make_folder(
+        {f"sub/{i}.png": png(i) for i in range(20)}
+        | {"metadata.jsonl": GOOD_ROW, "sub/1.txt": "one", "notes.md": "no image"}
+    )
+    options = {"caption_key": "", "caption_template": "a photo of {}", "holdout_share": 0.3}
+    found = [everything(open_source(str(folder), s, **options)) for s in ("train", "test")]
+    assert all(found)
+    records = found[0] + found[1]
+    assert sorted(level(record) for record in records) == list(range(20))
+    assert all(record["captions"] == [""] for record in records)
+
+
+@pytest.mark.parametrize(
+    "prefixes", [("train/", "test/"), ("train/",), ("test/", "")], ids=["both", "train", "test"]
+)
+def test_split_subfolders_without_captions(make_folder, prefixes):
+    for prefix in prefixes:
+        folder = make_folder({f"{prefix}{i}.png": None for i in range(30)})
+    train, test = (
+        captions(folder, split, caption_key="", holdout_share=0.3) for split in ("train", "test")
+    )
+    assert len(train) + len(test) == 30 * len(prefixes) and not train.keys() & test.keys()
+    if len(prefixes) == 2:  # the share is of a folder without test/ alone
+        assert all(name.startswith("test/") for name in test) and len(test) == 30
+    else:
+        assert 0 < len(test) < 20
+
+
+def test_the_way_without_captions_is_told(make_folder):
+    folder = make_folder({"a.png": None, "b.png": None})
+    with raises_user_error("2 of 2", "data.caption_key=''"):
+        open_source(str(folder), "train")
+
+
+def test_empty_folder_where_no_captions_are_asked_for(make_folder):
+    folder = make_folder({"readme.md": "nothing here"})
+    with raises_user_error(f"{folder} has no images for split 'train': expected image files"):
+        open_source(str(folder), "train", caption_key="")
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def test_folder_of_arrays(make_folder):
+    arrays = {f"{i}.npy": np.full((4, 6, 5), i, np.uint8) for i in range(3)}
+    folder = make_folder({name: npy(array) for name, array in arrays.items()})
+    records = [
+        record
+        for split in ("train", "test")
+        for record in everything(open_source(str(folder), split, caption_key=""))
+    ]
+    assert len(records) == 3
+    for record in records:
+        found = images.decode(record["image"], 5)
+        np.testing.assert_array_equal(found, arrays[pathlib.Path(record["name"]).name])
+
+
+def test_arrays_beside_images_are_not_images(make_folder):
+    files = {f"{i}.{kind}": None for i in range(4) for kind in ("png", "npy")}
+    folder = make_folder(files)
+    found = captions(folder, "train", caption_key="") | captions(folder, "test", caption_key="")
+    assert sorted(found) == ["0.png", "1.png", "2.png", "3.png"]

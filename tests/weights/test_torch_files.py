@@ -1,0 +1,278 @@
+"""Files of `torch.save` read without Torch: what Torch itself reads, and nothing executed."""
+
+import importlib.util
+import io
+import os
+import pathlib
+import pickle
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.weights import files
+
+FORMATS = {"zip": True, "legacy": False}
+
+
+@pytest.fixture(params=sorted(FORMATS))
+def save(request, tmp_path):
+    """Saves an object in one of Torch's two formats."""
+
+    def write(value, **arguments):
+        path = tmp_path / "file.ckpt"
+        torch.save(value, path, _use_new_zipfile_serialization=FORMATS[request.param], **arguments)
+        return path
+
+    return write
+
+
+def check_refused(path, *parts: str):
+    with pytest.raises(UserError) as error:
+        files.read(path)
+    message = str(error.value)
+    assert message.startswith(f"cannot read weights {path}: ") and "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def assert_same(path, expected: dict[str, torch.Tensor]):
+    found = files.read(path)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].shape == tuple(tensor.shape), name
+        assert str(tensor.dtype) == f"torch.{found[name].dtype}", name
+        theirs = tensor.detach().contiguous()
+        if theirs.dtype in (torch.bfloat16, torch.float8_e4m3fn):
+            theirs, mine = theirs.float(), found[name].astype(np.float32)
+        else:
+            mine = found[name]
+        np.testing.assert_array_equal(mine, theirs.numpy(), err_msg=name)
+
+
+DTYPES = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+    torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128,
+)  # fmt: skip
+
+
+def test_every_dtype_is_read(save):
+    values = torch.arange(24).reshape(2, 3, 4) % 5
+    tensors = {str(dtype): values.to(dtype) for dtype in DTYPES}
+    assert_same(save(tensors), tensors)
+
+
+def test_dtypes_without_a_storage_class_are_read(tmp_path):
+    """Their storages are of bytes, and Torch calls `_rebuild_tensor_v3`."""
+    values = torch.arange(12).reshape(3, 4)
+    dtypes = (torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn)
+    tensors = {str(dtype): values.to(dtype)[1:, ::2] for dtype in dtypes}
+    torch.save(tensors, tmp_path / "a.pt")
+    assert_same(tmp_path / "a.pt", tensors)
+
+
+def test_views_share_storages_and_keep_strides_and_offsets(save):
+    base = torch.arange(60.0).reshape(3, 4, 5)
+    tensors = {
+        "base": base,
+        "transposed": base.permute(2, 0, 1),
+        "part": base[1:, ::2, 1:4],
+        "column": base[:, 1, 2],
+        "repeated": base[0, 0, :1].expand(7),
+        "scalar": base[2, 3, 4],
+        "empty": base[:0],
+        "tied": base,
+        "parameter": torch.nn.Parameter(base[1] + 1),
+        "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    }
+    assert_same(save(tensors), tensors)
+
+
+def test_modules_states_are_read(save):
+    module = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3)).half()
+    assert_same(save(module.state_dict()), module.state_dict())  # an OrderedDict with an attribute
+
+
+def test_the_state_dict_is_meant_where_there_is_one(save):
+    weight = torch.ones(2)
+    assert_same(save({"state_dict": {"w": weight}, "other": torch.zeros(3)}), {"w": weight})
+    assert_same(save({"w": weight, "state_dict": 3}), {"w": weight})
+
+
+def test_only_tensors_with_names_are_returned(save):
+    weight = torch.ones(2)
+    junk = {1: weight, "list": [weight], "number": 3.0, "array": np.ones(2), "text": "abc"}
+    junk |= {"path": pathlib.PurePosixPath("a"), "scalar": np.float32(1), "bytes": b"\xff\x00"}
+    assert_same(save(junk | {"w": weight}), {"w": weight})
+
+
+def test_skipped_names_are_not_read(save):
+    path = save({"model.a": torch.ones(2), "model_ema.b": torch.ones(3), "first.c": torch.ones(4)})
+    assert list(files.read(path, skip=("model.", "first."))) == ["model_ema.b"]
+
+
+def test_a_published_file_from_2018_is_read():
+    """Written by Python 2 on a GPU, with storages of that device."""
+    spec = importlib.util.find_spec("lpips")  # importing it would need torchvision
+    path = pathlib.Path(spec.origin).parent / "weights" / "v0.1" / "vgg.pth"
+    assert_same(path, torch.load(path, map_location="cpu", weights_only=True))
+
+
+class Harmful:
+    """As unpickled by Python's own unpickler, makes a folder."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def harmful(target) -> list:
+    return [
+        Harmful(os.system, f"mkdir {target}"),
+        Harmful(os.mkdir, str(target)),
+        Harmful(eval, f"__import__('os').mkdir({str(target)!r})"),
+        Harmful(exec, f"import os; os.mkdir({str(target)!r})"),
+        Harmful(getattr, Harmful(__import__, "os"), "mkdir"),
+    ]
+
+
+def test_a_pickle_is_not_executed(save, tmp_path):
+    target, weight = tmp_path / "made", torch.ones(2)
+    for bad in harmful(target):
+        path = save({"state_dict": {"w": weight, "bad": bad}, "callbacks": [bad]})
+        assert_same(path, {"w": weight})
+        assert not target.exists()
+    pickle.loads(pickle.dumps(harmful(target)[1]))
+    assert target.exists()  # they would do harm if they were
+
+
+def test_a_pickle_at_the_top_is_not_executed(save, tmp_path):
+    for bad in harmful(tmp_path / "made"):
+        check_refused(save(bad), "it holds no dict of tensors")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_every_pickle_of_the_old_format_is_guarded(tmp_path, first):
+    """It is four pickles, one after another; each could be the harmful one."""
+    target, stream = tmp_path / "made", io.BytesIO()
+    pickles = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
+    pickles[first] = Harmful(os.mkdir, str(target))
+    for value in (*pickles, {}, []):
+        pickle.dump(value, stream, protocol=2)
+    (tmp_path / "a.pt").write_bytes(stream.getvalue())
+    check_refused(tmp_path / "a.pt")
+    assert not target.exists()
+
+
+def with_pickle(path, code: bytes):
+    """A zip archive as Torch's whose pickle is `code`."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", code)
+        archive.writestr("archive/data/0", np.arange(4, dtype=np.float32).tobytes())
+    return path
+
+
+STORAGE = b"((Vstorage\nctorch\nFloatStorage\nV0\nVcpu\nI4\ntQ"
+
+
+def tensor_code(offset: int, shape: bytes, strides: bytes) -> bytes:
+    """A dict with one tensor, by the opcodes of protocol 0."""
+    return (
+        b"(dVw\nctorch._utils\n_rebuild_tensor_v2\n"
+        + STORAGE
+        + b"I%d\n(%st(%stI00\n(dtRs." % (offset, shape, strides)
+    )
+
+
+def test_a_pickle_by_hand_is_read(tmp_path):
+    path = with_pickle(tmp_path / "a.pt", tensor_code(1, b"I3\n", b"I1\n"))
+    assert_same(path, {"w": torch.tensor([1.0, 2.0, 3.0])})
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "strides", "part"),
+    [
+        (2, b"I3\n", b"I1\n", "'w' reaches beyond its storage"),
+        (0, b"I2\nI3\n", b"I2\nI1\n", "'w' reaches beyond its storage"),
+        (0, b"I999999999\n", b"I1\n", "'w' reaches beyond its storage"),
+        (-1, b"I3\n", b"I1\n", "'w' has no valid shape"),
+        (3, b"I3\n", b"I-1\n", "'w' has no valid shape"),
+        (0, b"I-3\n", b"I1\n", "'w' has no valid shape"),
+        (0, b"Vabc\n", b"I1\n", "'w' has no valid shape"),
+        (0, b"I2\nI2\n", b"I1\n", "damaged"),
+    ],
+)
+def test_tensors_beyond_their_storage_are_refused(tmp_path, offset, shape, strides, part):
+    path = with_pickle(tmp_path / "a.pt", tensor_code(offset, shape, strides))
+    check_refused(path, part)
+
+
+def test_a_pickle_cannot_change_what_later_reads_use(tmp_path):
+    """Its BUILD opcode sets attributes of what it names, those of a pair's second by setattr."""
+    before = np.dtype(np.float32).byteorder
+    names = (b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"cos\nsystem\n",
+             b"ccollections\nOrderedDict\n")  # fmt: skip
+    states = (
+        b"(I3\nV>\nNNNI-1\nI-1\nI0\nt",
+        b"(N(dV__call__\nI1\nsV__defaults__\nI1\nst",
+        b"(dVname\nVfloat64\ns",
+    )
+    for name in names:
+        for state in states:
+            path = with_pickle(tmp_path / "bad.pt", name + state + b"b.")
+            check_refused(path)
+    assert np.dtype(np.float32).byteorder == before
+    good = with_pickle(tmp_path / "good.pt", tensor_code(0, b"I4\n", b"I1\n"))
+    assert_same(good, {"w": torch.arange(4.0)})
+
+
+def test_truncated_files_are_refused_wherever_they_end(save):
+    path = save({"state_dict": {f"w{i}": torch.randn(20, 10) for i in range(4)}, "epoch": 3})
+    whole = path.read_bytes()
+    assert len(files.read(path)) == 4
+    sizes = {*range(1, 40, 3), *range(40, len(whole), len(whole) // 40), len(whole) - 1}
+    for size in sorted(sizes):
+        path.write_bytes(whole[:size])
+        check_refused(path)
+
+
+def test_damaged_numbers_of_an_archive_are_noticed(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({"w": torch.full((100,), 1.5)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(np.full(4, 1.5, np.float32).tobytes()) + 40] ^= 1
+    path.write_bytes(content)
+    check_refused(path, "damaged or cut short (Bad CRC-32")
+
+
+def test_other_archives_and_pickles_are_refused(tmp_path, save):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/b/data.pkl", b"x")
+    check_refused(path, "a zip archive, but not one that torch.save wrote")
+    path.write_bytes(pickle.dumps([1, 2], protocol=4) + b" " * 20)
+    check_refused(path, "a pickle, but not one that torch.save wrote")
+    check_refused(save([torch.ones(2)]), "it holds no dict of tensors")
+
+
+def test_big_endian_files_are_refused(tmp_path):
+    path = with_pickle(tmp_path / "a.pt", tensor_code(0, b"I4\n", b"I1\n"))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("archive/byteorder", "big")
+    check_refused(path, "big-endian")
+    stream = io.BytesIO()
+    for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": False}, {}, []):
+        pickle.dump(value, stream, protocol=2)
+    (tmp_path / "b.pt").write_bytes(stream.getvalue())
+    check_refused(tmp_path / "b.pt", "big-endian")
+
+
+def test_deep_pickles_end_in_a_message(tmp_path):
+    depth = 10 * sys.getrecursionlimit()
+    check_refused(with_pickle(tmp_path / "a.pt", b"(l" * depth + b"a" * (depth - 1) + b"."))
