@@ -1,4 +1,4 @@
-"""Our side of the benchmark: `jax_side.py CASE FOLDER VARIANT THREADS`, started by autoencoder.py."""
+"""Our side: `jax_side.py CASE FOLDER VARIANT THREADS`, started by autoencoder.py."""
 
 import pathlib
 import sys

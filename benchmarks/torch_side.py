@@ -213,7 +213,7 @@ def training(case: Case, folder: pathlib.Path, variant: str):
             optimizer.zero_grad(set_to_none=True)
         return [rec_loss, kl, g_loss, d_loss, weight]
 
-    figures = [[float(figure) for figure in step(noise)] for noise in noises]
+    figures = [[figure.item() for figure in step(noise)] for noise in noises]
     assert len(figures) == COMPARED_STEPS and len(figures[0]) == len(FIGURES)
     np.savez(folder / f"{variant}.npz", outputs=np.array(figures))
 

@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.data.random_flip = False  # left to right, half of the time
     config.data.max_damaged_share = 0.01  # of the images may be skipped; more stops the run
     config.data.check_images = 10_000  # so many are decoded before the first step
+    config.data.latents = ""  # folder that encode wrote, for stage 2; "": encode images each time
     config.data.num_threads = 8  # that read and decode, for each process
 
     config.mesh = ConfigDict()  # devices along each axis; one may be -1: what is left

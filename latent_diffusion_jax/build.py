@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from latent_diffusion_jax.conditioning import text
 from latent_diffusion_jax.conditioning.tokenizers import encode
 from latent_diffusion_jax.conditioning.tokenizers import max_length as token_length
-from latent_diffusion_jax.data import pipeline
+from latent_diffusion_jax.data import latents, pipeline
+from latent_diffusion_jax.data.latents import LatentSource
 from latent_diffusion_jax.data.sources import open_source
 from latent_diffusion_jax.diffusion.schedules import make_schedule
 from latent_diffusion_jax.ldm import LatentDiffusion
@@ -65,16 +66,27 @@ def data_sources(config: ConfigDict) -> tuple[pipeline.DecodedSource, pipeline.D
     return sources[0], sources[1]
 
 
+def latent_sources(config: ConfigDict) -> tuple[LatentSource, LatentSource]:
+    """The training and the held-out split of `data.latents`, checked against the config."""
+    data = config.data
+    train, test = (LatentSource(data.latents, split) for split in latents.SPLITS)
+    latents.check_use(train.index, data.latents, data.image_size, data.random_flip)
+    return train, test
+
+
 def example_maker(config: ConfigDict, tokenizer: tokenizers.Tokenizer | None) -> pipeline.Prepare:
-    """How a record becomes an example: `image` and, with a tokenizer, `tokens`."""
+    """How a record becomes an example: `image` or `moments` and, with a tokenizer, `tokens`."""
     data = config.data
 
     def prepare(record: dict[str, Any], rng: np.random.Generator | None) -> pipeline.Example:
-        example = {
-            "image": pipeline.image_example(
-                record, rng, data.image_size, data.random_flip, data.resize
-            )
-        }
+        if "moments" in record:
+            example = {"moments": latents.latent_example(record, rng, data.random_flip)}
+        else:
+            example = {
+                "image": pipeline.image_example(
+                    record, rng, data.image_size, data.random_flip, data.resize
+                )
+            }
         if tokenizer is not None:
             example["tokens"] = text.caption_tokens(record, rng, tokenizer)
         return example

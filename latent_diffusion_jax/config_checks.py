@@ -68,6 +68,7 @@ IN_UNIT_INTERVAL = (
     "first_stage.loss.lecam_decay",
     "sample.eta",
 )
+VQ_ONLY = ("first_stage.autoencoder.codebook_size", "first_stage.codebook.")
 BELOW_ONE = ("first_stage.ema_decay", "first_stage.codebook.decay")
 NOT_NEGATIVE = (
     "seed",
@@ -111,6 +112,7 @@ def check_config(config: ConfigDict) -> None:
             )
         _check_values(flatten(config))
         _check_optimizers(config)
+        _check_image_size(config)
         _check_first_stage(config)
         if "diffusion" in config.stages:
             _check_second_stage(config)
@@ -119,10 +121,17 @@ def check_config(config: ConfigDict) -> None:
 
 
 def _check_values(values: dict[str, Any]) -> None:
-    """Values that are wrong by themselves; keys that the config has not are left out."""
+    """Values that are wrong by themselves; keys of sections that the config has not are left out.
+
+    Raises KeyError where a section is there and lacks a key.
+    """
+    sections = {key.split(".")[0] for key in values}
 
     def present(keys: Iterable[str]) -> list[tuple[str, Any]]:
-        return [(key, values[key]) for key in keys if key in values]
+        wanted = [key for key in keys if key.split(".")[0] in sections]
+        if values["first_stage.kind"] != "vq":
+            wanted = [key for key in wanted if not key.startswith(VQ_ONLY)]
+        return [(key, values[key]) for key in wanted]
 
     for key, value in present(AT_LEAST_ONE):
         if value < 1:
@@ -136,9 +145,9 @@ def _check_values(values: dict[str, Any]) -> None:
     for key, value in present(BELOW_ONE):
         if not 0.0 <= value < 1.0:
             raise UserError(f"{key}={value} must be at least 0 and below 1")
-    for key, known in NAMES.items():
-        if key in values and values[key] not in known:
-            raise UserError(f"unknown {key} {values[key]!r}; known: {', '.join(known)}")
+    for key, value in present(NAMES):
+        if value not in NAMES[key]:
+            raise UserError(f"unknown {key} {value!r}; known: {', '.join(NAMES[key])}")
 
 
 def _check_stages(stages: tuple[str, ...]) -> None:
@@ -173,21 +182,30 @@ def _check_network(name: str, section: ConfigDict) -> None:
         raise UserError(f"{name}.num_groups={section.num_groups} must divide {widths}")
 
 
-def _check_first_stage(config: ConfigDict) -> None:
-    first, size = config.first_stage, config.data.image_size
-    network, loss = first.autoencoder, first.loss
-    _check_network("first_stage.autoencoder", network)
+def _check_image_size(config: ConfigDict) -> None:
+    size = config.data.image_size
     if config.data.resize not in (0, -1) and config.data.resize < size:
         raise UserError(
             f"data.resize={config.data.resize} must be 0 (the crop's size), -1 (images as they "
             f"are) or at least data.image_size={size}"
         )
-    factor = 2 ** (len(network.channel_multipliers) - 1)
-    if size % factor:
+    _check_network("first_stage.autoencoder", config.first_stage.autoencoder)
+    factor = 2 ** (len(config.first_stage.autoencoder.channel_multipliers) - 1)
+    deeper = 1
+    if "diffusion" in config.stages:
+        _check_network("unet", config.unet)
+        deeper = 2 ** (len(config.unet.channel_multipliers) - 1)
+    if size % (factor * deeper):
+        more = f", the UNet by {deeper} more" if deeper > 1 else ""
         raise UserError(
-            f"data.image_size={size} must be a multiple of {factor}, by which the autoencoder "
-            "divides it"
+            f"data.image_size={size} must be a multiple of {factor * deeper}: the autoencoder "
+            f"divides it by {factor}{more}"
         )
+
+
+def _check_first_stage(config: ConfigDict) -> None:
+    first, size = config.first_stage, config.data.image_size
+    network, loss = first.autoencoder, first.loss
     if first.batch_size % first.accumulation:
         raise UserError(
             f"first_stage.accumulation={first.accumulation} must divide first_stage.batch_size="
@@ -223,7 +241,7 @@ def _check_first_stage(config: ConfigDict) -> None:
 
 
 def _check_second_stage(config: ConfigDict) -> None:
-    unet, size = config.unet, config.data.image_size
+    unet = config.unet
     low, high = config.schedule.beta_start, config.schedule.beta_end
     if not 0.0 < low <= high < 1.0:
         raise UserError(f"schedule: 0 < beta_start={low} <= beta_end={high} < 1 does not hold")
@@ -239,14 +257,6 @@ def _check_second_stage(config: ConfigDict) -> None:
         )
     if not config.sample.prompts:
         raise UserError("sample.prompts is empty; previews need at least one prompt")
-    _check_network("unet", unet)
-    factor = 2 ** (len(config.first_stage.autoencoder.channel_multipliers) - 1)
-    deeper = 2 ** (len(unet.channel_multipliers) - 1)
-    if size % (factor * deeper):
-        raise UserError(
-            f"data.image_size={size} must be a multiple of {factor * deeper}: the autoencoder "
-            f"divides it by {factor}, the UNet by {deeper} more"
-        )
     attended = [unet.channels * unet.channel_multipliers[i] for i in (*unet.attention_levels, -1)]
     if any(width % unet.head_dim for width in attended):
         raise UserError(f"unet.head_dim={unet.head_dim} must divide the attended widths {attended}")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from latent_diffusion_jax import build
+from latent_diffusion_jax import first_stages
 from latent_diffusion_jax.runtime import loggers
 from latent_diffusion_jax.runtime.commands import run
 from latent_diffusion_jax.runtime.errors import UserError
@@ -22,20 +22,7 @@ from latent_diffusion_jax.weights import autoencoders, lpips
 FLAGS = flags.FLAGS
 
 FORMATS = ("lpips", "diffusers", "compvis")
-
-
-def load_first_stage(source: str, num_groups: int | None = None) -> autoencoders.Loaded:
-    """The first stage of a workdir, a diffusers folder or a CompVis file.
-
-    Raises:
-      UserError: there is none, or it cannot be read; `num_groups` is given for a workdir.
-    """
-    if not (pathlib.Path(source).expanduser() / "first_stage").is_dir():
-        return autoencoders.load(source, num_groups)
-    if num_groups is not None:
-        raise UserError(f"--num_groups is for CompVis files; the workdir {source} has its own")
-    stage = build.open_first_stage(source)
-    return autoencoders.Loaded(stage.kind, stage.fields, stage.params, stage.scale_factor)
+USUAL_SIZE = 256  # pixels a side that the published first stages were trained on
 
 
 def convert(
@@ -51,12 +38,24 @@ def convert(
         return
     if len(sources) != 1:
         raise UserError(f"a first stage has one source, got {len(sources)}")
-    loaded = load_first_stage(sources[0], num_groups)
-    network = loaded.kind, loaded.fields, loaded.params
+    found, image_size = _open(pathlib.Path(sources[0]).expanduser(), num_groups)
+    network = found.kind, found.fields, found.params
     if to == "diffusers":
-        autoencoders.save_diffusers(out, *network, loaded.scaling_factor)
+        autoencoders.save_diffusers(out, *network, found.scaling_factor, image_size)
     else:
-        autoencoders.save_compvis(out, *network, prefix, loaded.scaling_factor)
+        autoencoders.save_compvis(out, *network, prefix, found.scaling_factor)
+
+
+def _open(source: pathlib.Path, num_groups: int | None) -> tuple[autoencoders.Loaded, int]:
+    """A first stage, and the size of the images that it was trained on."""
+    if not first_stages.is_workdir(source):
+        return autoencoders.load(source, num_groups), USUAL_SIZE
+    if num_groups is not None:
+        raise UserError(f"--num_groups is for CompVis files; the workdir {source} has its own")
+    stage = first_stages.open_first_stage(source)
+    assert stage.config is not None
+    found = autoencoders.Loaded(stage.kind, stage.fields, stage.params, stage.scale_factor)
+    return found, stage.config.data.image_size
 
 
 def define_flags() -> None:

@@ -31,12 +31,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build, first_stages, pipelines
-from latent_diffusion_jax.data.pipeline import DecodedSource
-from latent_diffusion_jax.data.sources import open_source
 from latent_diffusion_jax.evaluation import reconstruction
+from latent_diffusion_jax.evaluation.measured_data import data_to_measure, open_images
 from latent_diffusion_jax.evaluation.precision_recall import precision_recall
 from latent_diffusion_jax.evaluation.prompt_accuracy import balanced_prompts, fit_reader
 from latent_diffusion_jax.evaluation.psnr import psnr
@@ -53,16 +51,6 @@ FLAGS = flags.FLAGS
 NEIGHBOURS = 3
 MAX_REAL = 10_000  # real images of each split that samples are compared with
 BATCH_PER_DEVICE = 8  # images that a device reconstructs at once
-OTHER_DATA = {  # a config's `data` section for data that no config speaks of
-    "name": "",
-    "data_dir": "",
-    "image_key": "image",
-    "test_split": "test",
-    "holdout_share": 1.0,  # of a folder without a test subfolder: all of it
-    "image_size": 0,
-    "resize": 0,
-    "max_damaged_share": 0.01,
-}
 SAMPLING = ("num_samples", "seed", "steps", "guidance_scale", "sampler")  # flags for both stages
 FIRST_STAGE = (  # flags for a first stage alone
     "data_name",
@@ -154,22 +142,6 @@ def evaluate(
     return figures, samples
 
 
-def data_to_measure(config: ConfigDict | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Keys of a `data` section: what is given, else the config's for its own data, else defaults.
-
-    Args:
-      config: that a first stage was trained with; None for foreign checkpoints.
-      given: some of the keys; None is not given.
-    """
-    data = dict(OTHER_DATA)
-    if config is not None:
-        own = given["name"] in (None, config.data.name)
-        data |= {key: config.data[key] for key in (data if own else ("data_dir", "image_size"))}
-        if given["image_size"] not in (None, data["image_size"]):
-            data["resize"] = 0  # which goes with the config's size
-    return data | {key: value for key, value in given.items() if value is not None}
-
-
 def evaluate_first_stage(
     path: pathlib.Path,
     data: dict[str, Any],
@@ -199,30 +171,15 @@ def evaluate_first_stage(
     """
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
     stage = first_stages.open_first_stage(path, mesh)
-    data = data_to_measure(stage.config, data)
-    missing = [key for key in ("name", "image_size") if not data[key]]
-    if missing:
-        flag = {"name": "--data_name=FOLDER (or a TFDS dataset)", "image_size": "--image_size=N"}
-        raise UserError(
-            f"nothing says what {path} is to be measured on; give "
-            f"{' and '.join(flag[key] for key in missing)}"
-        )
+    own = None if stage.config is None else stage.config.data
+    data = data_to_measure(own, data, str(path))
     if lpips_file is None and stage.config is not None:
         lpips_file = stage.config.first_stage.loss.lpips_weights
     # Before anything large is read.
-    judged = bool(lpips_file or inception_file)
-    reconstruction.check(stage.network, data["image_size"], judged=judged)
-    records = open_source(
-        data["name"],
-        data["test_split"],
-        data_dir=data["data_dir"] or None,
-        image_key=data["image_key"],
-        caption_key="",
-        holdout_share=data["holdout_share"],
+    reconstruction.check(
+        stage.network, data["image_size"], lpips=bool(lpips_file), inception=bool(inception_file)
     )
-    if not len(records):
-        raise UserError(f"split {data['test_split']!r} of data {data['name']!r} is empty")
-    source = DecodedSource(records, data["max_damaged_share"], stage.network.image_channels)
+    source = open_images(data, stage.network.image_channels)
     num_images = min(len(source), max_real or len(source))
     figures, pairs = reconstruction.measure_reconstructions(
         stage.network,

@@ -1,17 +1,20 @@
 """Trained first stages from wherever they lie: a workdir, a diffusers folder, a CompVis file."""
 
+import hashlib
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
-from latent_diffusion_jax.runtime import checkpoints, sharding
+from latent_diffusion_jax.runtime import checkpoints, sharding, trees
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.training.state import State
 from latent_diffusion_jax.weights import autoencoders
@@ -141,6 +144,39 @@ def adopt(config: ConfigDict, workdir: pathlib.Path, params: Any, scale_factor: 
     with checkpoints.open_manager(workdir / "first_stage", create=True) as manager:
         checkpoints.save(manager, config.first_stage.num_steps, state, items)
         manager.wait_until_finished()
+
+
+ENCODER = ("encoder", "quant_conv")  # the parts of an autoencoder that make a posterior
+
+
+def encoder_fingerprint(params: Any) -> str:
+    """SHA-256 of the parameters that make an autoencoder's latents; decoders may differ."""
+    digest = hashlib.sha256()
+    for part in ENCODER:
+        for name, leaf in sorted(trees.flatten_names(params[part]).items()):
+            if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+                leaf = multihost_utils.process_allgather(leaf, tiled=True)
+            array = np.ascontiguousarray(leaf, np.dtype(np.float32).newbyteorder("<"))
+            digest.update(f"{part}/{name} {array.shape}".encode())
+            digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def check_encoded_by(params: Any, index: Mapping[str, Any], where: str) -> None:
+    """Raises UserError where another autoencoder wrote latents.
+
+    Args:
+      params: of the autoencoder.
+      index: contents of `latents.json`.
+      where: the latents are.
+    """
+    theirs, ours = index["autoencoder"]["fingerprint"], encoder_fingerprint(params)
+    if theirs != ours:
+        raise UserError(
+            f"the latents in {where} are of another autoencoder (that of "
+            f"{index['autoencoder']['source']}; fingerprint {theirs[:12]}) than this run's first "
+            f"stage ({ours[:12]}); encode with this one, or start from that (first_stage.init_from)"
+        )
 
 
 COMPUTATION = ("dtype", "remat")  # fields that do not change what a network is

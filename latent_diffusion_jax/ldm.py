@@ -45,6 +45,11 @@ class LatentDiffusion:
         )
         return posterior.sample(noise) * params["scale_factor"]
 
+    def sample_latents(self, params: Params, moments: jax.Array, noise: jax.Array) -> jax.Array:
+        """What `encode` gives, from the posterior's moments [B, h, w, c'] as they were stored."""
+        posterior = self.autoencoder.posterior.from_moments(moments)
+        return posterior.sample(noise) * params["scale_factor"]
+
     def decode(self, params: Params, z_0: jax.Array) -> jax.Array:
         """Scaled latents [B, h, w, c] -> images [B, H, W, C], near [-1, 1] but not clipped."""
         z = z_0 / params["scale_factor"]

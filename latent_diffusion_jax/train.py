@@ -8,6 +8,7 @@ was. Overrides: --config.optimizer.learning_rate=1e-4; variants: --config=config
 Ctrl-C or SIGTERM finishes the step, saves, says how to go on and exits with 130 or 143.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -25,6 +26,8 @@ from ml_collections import ConfigDict, config_flags
 from latent_diffusion_jax import build, first_stages
 from latent_diffusion_jax.conditioning import tokenizers as captions
 from latent_diffusion_jax.config_checks import check_config
+from latent_diffusion_jax.data.latents import LatentSource
+from latent_diffusion_jax.data.pipeline import Examples
 from latent_diffusion_jax.data.sources import Source
 from latent_diffusion_jax.first_stages import FirstStage
 from latent_diffusion_jax.runtime import checkpoints, loggers, sharding, trees
@@ -50,6 +53,7 @@ FREE_KEYS = (
     "data.num_threads",
     "data.data_dir",
     "data.check_images",
+    "data.latents",
 )
 
 
@@ -68,9 +72,16 @@ def train(
     with as_user_error("the config does not fit the networks"):
         check_config(config)
     mesh = sharding.make_mesh(dict(config.mesh))
-    for key in ("batch_size", "first_stage.batch_size"):
-        if key in flatten(config):
-            sharding.check_batch_size(flatten(config)[key], mesh, key)
+    first = config.first_stage
+    sharding.check_batch_size(
+        first.batch_size // first.accumulation,
+        mesh,
+        "first_stage.batch_size / first_stage.accumulation"
+        if first.accumulation > 1
+        else "first_stage.batch_size",
+    )
+    if "diffusion" in config.stages:
+        sharding.check_batch_size(config.batch_size, mesh, "batch_size")
     as_json = json.loads(config.to_json())
     check_workdir(as_json, workdir)
     num_steps = {"first_stage": config.first_stage.num_steps, "diffusion": config.get("num_steps")}
@@ -82,7 +93,7 @@ def train(
     if not unfinished:
         return True
     start = starting_point(config, workdir, unfinished, mesh)
-    train_source, test_source = build.data_sources(config)
+    sources = open_sources(config, unfinished, start)
 
     # All stages are built, as shapes, before the first one is trained.
     stages: dict[str, Stage] = {}
@@ -92,7 +103,7 @@ def train(
             perceptual = build.perceptual_params(config)
             stages["first_stage"] = build.first_stage(config)
         if "diffusion" in unfinished:
-            tokenizer = open_tokenizer(config, workdir, train_source.records)
+            tokenizer = open_tokenizer(config, workdir, sources["diffusion"][0].records)
             stages["diffusion"] = build.second_stage(config, tokenizer)
         root = jax.random.key(0)
         shapes = {name: jax.eval_shape(stage.init, root) for name, stage in stages.items()}
@@ -106,8 +117,8 @@ def train(
     shared = loop.Run(
         workdir=workdir,
         mesh=mesh,
-        train_source=train_source,
-        test_source=test_source,
+        train_source=sources[unfinished[0]][0],
+        test_source=sources[unfinished[0]][1],
         config=as_json,
         should_stop=should_stop,
         seed=config.seed,
@@ -129,6 +140,8 @@ def train(
             finished = train_first_stage(shared, config, stages[name], perceptual, start)
         else:
             assert tokenizer is not None
+            train_source, test_source = sources[name]
+            shared = dataclasses.replace(shared, train_source=train_source, test_source=test_source)
             finished = train_diffusion(shared, config, stages[name], tokenizer)
         if not finished:
             return False
@@ -168,9 +181,11 @@ def log_summary(shared: loop.Run, config: ConfigDict, shapes: dict[str, State]) 
         "devices: %d x %s, %d process(es); mesh: %s",
         *(len(devices), devices[0].device_kind, jax.process_count(), axes),
     )
+    encoded = isinstance(shared.train_source, LatentSource)
+    data_name = f"latents in {config.data.latents}" if encoded else config.data.name
     logging.info(
         "data: %s, %dx%d pixels; %d images to train on, %d held out, %d found damaged",
-        *(config.data.name, config.data.image_size, config.data.image_size),
+        *(data_name, config.data.image_size, config.data.image_size),
         *(len(shared.train_source), len(shared.test_source)),
         len(shared.train_source.damaged) + len(shared.test_source.damaged),
     )
@@ -202,15 +217,51 @@ def starting_point(
     return found
 
 
+def open_sources(
+    config: ConfigDict, unfinished: list[str], start: FirstStage | None
+) -> dict[str, tuple[Examples, Examples]]:
+    """The training and the held-out examples of each stage that is not complete.
+
+    Args:
+      config: of the run.
+      unfinished: those stages.
+      start: what `starting_point` gave.
+
+    Raises:
+      UserError: they cannot be read, or `data.latents` cannot be this run's first stage's.
+    """
+    sources: dict[str, tuple[Examples, Examples]] = {}
+    folder = config.data.latents
+    if folder and "diffusion" in unfinished:
+        if "first_stage" in unfinished and config.first_stage.trained == "all":
+            raise UserError(
+                f"data.latents={folder!r} are of a first stage that is trained already, this "
+                "run's is not: train it alone (stages=('first_stage',)) and encode with it, or "
+                "let first_stage.init_from name the one that encoded, with stages=('diffusion',)"
+            )
+        latents = build.latent_sources(config)
+        if start is not None:
+            first_stages.check_encoded_by(start.params, latents[0].index, folder)
+        sources["diffusion"] = latents
+    missing = [name for name in unfinished if name not in sources]
+    return sources | (dict.fromkeys(missing, build.data_sources(config)) if missing else {})
+
+
 def measure_scale(shared: loop.Run, config: ConfigDict, network: Any, params: Any) -> float:
-    """1 / standard deviation of the latents over training images (LDM, appendix G)."""
+    """1 / standard deviation of the latents over training images (LDM, appendix G).
+
+    They may be encoded already: then `shared.train_source` gives moments.
+    """
     section = config.first_stage
     prepare = build.example_maker(config, None)
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(shared.mesh))
     def moments(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         """Mean and mean square of each image's latents, [B]."""
-        z = network.apply({"params": params}, to_float(batch["image"]), method="encode").mean
+        if "moments" in batch:
+            z = network.posterior.from_moments(batch["moments"]).mean
+        else:
+            z = network.apply({"params": params}, to_float(batch["image"]), method="encode").mean
         return z.mean((1, 2, 3)), (z**2).mean((1, 2, 3))
 
     totals, count = np.zeros(2), 0
@@ -268,7 +319,16 @@ def train_first_stage(
 def train_diffusion(
     shared: loop.Run, config: ConfigDict, stage: Stage, tokenizer: tokenizers.Tokenizer
 ) -> bool:
-    """Trains the UNet and the text encoder on the first stage's latents."""
+    """Trains the UNet and the text encoder on the first stage's latents.
+
+    Where `data.latents` has them encoded, the encoder's parameters are not kept in memory.
+    """
+    frozen = first_stages.load_frozen(config, shared.workdir, shared.mesh)
+    if isinstance(shared.train_source, LatentSource):
+        index = shared.train_source.index
+        first_stages.check_encoded_by(frozen["autoencoder"], index, config.data.latents)
+        decoder = frozen["autoencoder"].items()
+        frozen["autoencoder"] = {k: v for k, v in decoder if k not in first_stages.ENCODER}
     return loop.train_stage(
         shared,
         "diffusion",
@@ -276,7 +336,7 @@ def train_diffusion(
         build.example_maker(config, tokenizer),
         batch_size=config.batch_size,
         num_steps=config.num_steps,
-        frozen=first_stages.load_frozen(config, shared.workdir, shared.mesh),
+        frozen=frozen,
         tokenizer=json.loads(tokenizer.to_str()),
     )
 

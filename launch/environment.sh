@@ -29,7 +29,7 @@ install() {
     mark=".venv/installed-$(sha256sum "$file" | cut -c 1-16)"
     if [ ! -e "$mark" ]; then
       echo "installing $file"
-      .venv/bin/python -m pip install --quiet -r "$file"
+      .venv/bin/python -m pip install --quiet ${PIP_FLAGS:-} -r "$file"
       touch "$mark"
     fi
   done

@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 . launch/environment.sh
 
 install requirements.txt requirements-test.txt
+PIP_FLAGS=--no-deps install requirements-peers.txt
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy

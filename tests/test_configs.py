@@ -24,13 +24,15 @@ every_variant = pytest.mark.parametrize(("name", "variant"), VARIANTS)
 
 
 def shapes_of(config: ConfigDict) -> dict:
-    """Shapes of the parameters of both stages."""
-    section = config.tokenizer
-    tokenizer = tokenizers.train(["a dog", "two cats"], section.vocab_size, section.max_length)
-    stages = build.first_stage(config), build.second_stage(config, tokenizer)
-    first, second = (jax.eval_shape(stage.init, jax.random.key(0)) for stage in stages)
-    assert jax.tree.structure(second.ema) == jax.tree.structure(second.params)
-    return first.params | second.params
+    """Shapes of the parameters of the config's stages."""
+    params = jax.eval_shape(build.first_stage(config).init, jax.random.key(0)).params
+    if "diffusion" in config.stages:
+        section = config.tokenizer
+        tokenizer = tokenizers.train(["a dog", "two cats"], section.vocab_size, section.max_length)
+        second = jax.eval_shape(build.second_stage(config, tokenizer).init, jax.random.key(0))
+        assert jax.tree.structure(second.ema) == jax.tree.structure(second.params)
+        params = params | second.params
+    return params
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +59,12 @@ def test_variant_is_explained_at_the_head_of_its_file(name, variant):
 
 
 @every_variant
-def test_both_stages_build(parameters, name, variant):
-    expected = {"autoencoder", "discriminator", "unet", "conditioner"}
+def test_all_stages_build(parameters, name, variant):
+    expected = {"autoencoder"}
+    if (name, variant) != ("decoder_finetune", "ft_mse"):  # the one without an adversary
+        expected |= {"discriminator"}
+    if name == "txt2img":
+        expected |= {"unet", "conditioner"}
     assert parameters[name, variant].keys() == expected
 
 
@@ -132,9 +138,21 @@ def changed(key: str, value) -> ConfigDict:
         ("stages", ("diffusion", "first_stage"), ["('first_stage', 'diffusion')"]),
         ("data.image_size", 36, ["data.image_size=36", "multiple of 8", "4", "2"]),
         ("data.image_size", 30, ["data.image_size=30", "multiple of 8"]),
+        ("data.resize", 31, ["data.resize=31", "at least data.image_size=32"]),
+        ("first_stage.accumulation", 5, ["first_stage.accumulation=5", "first_stage.batch_size"]),
+        ("first_stage.trained", "encoder", ["'encoder'", "all, decoder"]),
+        ("first_stage.trained", "decoder", ["first_stage.init_from"]),
+        ("first_stage.kind", "vae", ["'vae'", "kl, vq"]),
+        ("first_stage.loss.update_order", "x", ["'x'", "together, generator_first"]),
+        ("first_stage.loss.pixel_loss", "x", ["'x'", "l1, l2"]),
+        ("first_stage.loss.reduction", "x", ["'x'", "sum, mean"]),
+        ("first_stage.loss.generator_loss", "x", ["'x'", "linear, non_saturating"]),
+        ("first_stage.loss.discriminator_loss", "x", ["'x'", "hinge, vanilla"]),
+        ("first_stage.discriminator.norm", "x", ["'x'", "batch, activation"]),
+        ("first_stage.loss.disc_weight", -1.0, ["first_stage.loss.disc_weight=-1.0", "negative"]),
+        ("first_stage.ema_decay", 1.0, ["first_stage.ema_decay=1.0", "below 1"]),
         ("data.image_size", 8, ["data.image_size=8", "first_stage.discriminator.num_layers=2"]),
         ("first_stage.discriminator.num_layers", 4, ["first_stage.discriminator.num_layers=4"]),
-        ("first_stage.autoencoder.image_channels", 1, ["first_stage.autoencoder.image_channels"]),
         ("unet.num_groups", 5, ["unet.num_groups=5", "[32, 64]"]),
         (
             "first_stage.autoencoder.num_groups",
@@ -152,6 +170,44 @@ def changed(key: str, value) -> ConfigDict:
 def test_wrong_values_are_named(key, value, said):
     with pytest.raises(UserError) as raised:
         config_checks.check_config(changed(key, value))
+    assert "\n" not in str(raised.value)
+    for part in said:
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"first_stage.autoencoder.levels": (8, 8)},
+            ["first_stage.autoencoder.levels=(8, 8)", "embed_dim=3"],
+        ),
+        ({"first_stage.autoencoder.levels": (8, 1, 8)}, ["at least 2 each"]),
+        (
+            {"first_stage.codebook.decay": 0.9, "first_stage.autoencoder.levels": (8, 8, 8)},
+            ["first_stage.codebook.decay=0.9", "no first_stage.autoencoder.levels"],
+        ),
+        (
+            {"first_stage.trained": "decoder", "first_stage.init_from": "x",
+             "first_stage.codebook.decay": 0.9},
+            ["first_stage.codebook.decay=0.9", "first_stage.trained='all'"],
+        ),
+        (
+            {"first_stage.loss.lpips_weights": "x", "first_stage.autoencoder.image_channels": 1},
+            ["first_stage.loss.lpips_weights", "3 channels"],
+        ),
+        ({"stages": ("first_stage", "diffusion")}, ["need what the config has not", "unet"]),
+        ({"data.image_size": 66}, ["data.image_size=66", "multiple of 4"]),
+    ],
+)  # fmt: skip
+def test_wrong_values_of_a_first_stage_are_named(keys, said):
+    config = MODULES["autoencoder_vq"].get_config("photos")
+    if "first_stage.autoencoder.levels" in keys and len(keys) == 1:
+        config.first_stage.codebook.decay = 0.0
+    with config.ignore_type():
+        config.update_from_flattened_dict(keys)
+    with pytest.raises(UserError) as raised:
+        config_checks.check_config(config)
     assert "\n" not in str(raised.value)
     for part in said:
         assert part in str(raised.value)

@@ -12,6 +12,7 @@ import safetensors.numpy
 import torch
 from diffusers import AutoencoderKL, VQModel
 
+from latent_diffusion_jax import first_stages
 from latent_diffusion_jax.convert import convert
 from latent_diffusion_jax.models.lpips import LPIPS
 from latent_diffusion_jax.runtime.errors import UserError
@@ -58,6 +59,29 @@ def test_diffusers_to_compvis_and_back(folder, tmp_path):
         assert_same(again, original)
         assert again.scaling_factor == (0.5 if prefix else 1.0)  # no place for it without
         assert VQModel.from_pretrained(back, low_cpu_mem_usage=False).config.vq_embed_dim == 3
+
+
+def test_a_workdir_becomes_a_model_of_diffusers(trained_workdir, tmp_path):
+    stage = first_stages.open_first_stage(trained_workdir)
+    convert([str(trained_workdir)], "diffusers", str(tmp_path / "vae"))
+    model = AutoencoderKL.from_pretrained(tmp_path / "vae", low_cpu_mem_usage=False)
+    assert model.config.scaling_factor == float(stage.scale_factor)
+    assert model.config.sample_size == stage.config.data.image_size
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 1)).astype(np.float32)
+    images = np.broadcast_to(images, (2, 16, 16, stage.fields["image_channels"]))
+    ours = jax.jit(stage.network.apply)({"params": stage.params}, images)
+    with torch.no_grad():
+        theirs = model(torch.tensor(images).permute(0, 3, 1, 2)).sample
+    expected = theirs.permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    # As the source it is a network of its own again, without what only computes it differently.
+    again = autoencoders.load(tmp_path / "vae")
+    fields = {key: stage.fields[key] for key in again.fields}
+    assert again.fields == fields | {
+        key: tuple(fields[key]) for key in ("channel_multipliers", "attention_levels")
+    }
+    with pytest.raises(UserError, match="--num_groups is for CompVis files; the workdir"):
+        convert([str(trained_workdir)], "diffusers", str(tmp_path / "vae"), num_groups=8)
 
 
 def test_groups_can_be_given(tmp_path):

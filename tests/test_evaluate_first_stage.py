@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import diffusers
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -14,9 +15,11 @@ import torch
 from PIL import Image
 
 from latent_diffusion_jax import evaluate
+from latent_diffusion_jax.evaluation import reconstruction
 from latent_diffusion_jax.evaluation.psnr import psnr
 from latent_diffusion_jax.evaluation.ssim import ssim
-from latent_diffusion_jax.models.lpips import VGG_BLOCKS
+from latent_diffusion_jax.models.inception import InceptionV3
+from latent_diffusion_jax.models.lpips import LPIPS, VGG_BLOCKS
 from latent_diffusion_jax.runtime import images
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.weights import inception, mapping
@@ -105,8 +108,6 @@ def test_command_measures_a_diffusers_folder_on_a_folder_of_pngs(
         f"--data_name={pictures}",
         "--image_size=16",
         f"--out={out}",
-        f"--lpips_weights={random_lpips(tmp_path / 'lpips.safetensors')}",
-        f"--inception_weights={random_inception(tmp_path / 'inception.safetensors')}",
     )
     assert done.returncode == 0, done.stderr
     assert "codebook_usage" in done.stdout and str(out) in done.stdout
@@ -128,7 +129,6 @@ def test_command_measures_a_diffusers_folder_on_a_folder_of_pngs(
         np.testing.assert_allclose(figures[f"{name}_std"], values.std(), rtol=1e-2)
     assert figures["codebook_usage"] == len(np.unique(codes)) / 30
     assert 1 <= figures["codebook_perplexity"] <= len(np.unique(codes))
-    assert figures["lpips"] > 0 and figures["lpips_std"] > 0 and figures["rfid"] > 0
 
     # Eight images of 96 pixels in a row (enlarged, each pixel repeated), two pixels between them.
     shown = np.asarray(Image.open(out / "evaluation.png"))
@@ -142,11 +142,39 @@ def measure(path, **kwargs):
     return evaluate.evaluate_first_stage(pathlib.Path(path), data, **kwargs)
 
 
+def shapes(tree):
+    return jax.tree.map(lambda leaf: leaf.shape, tree)
+
+
+def test_weights_files_reach_lpips_and_inception(foreign, pictures, tmp_path, monkeypatch):
+    """Here as parameters only: the networks have tests of their own, and take long."""
+    seen = {}
+
+    def note(*_, lpips_params, inception_params, **__):
+        seen.update(lpips=shapes(lpips_params), inception=shapes(inception_params))
+        return {"rfid": 1.0}, np.zeros((2, 8, 8, 3), np.uint8)
+
+    monkeypatch.setattr(reconstruction, "measure_reconstructions", note)
+    files = {
+        "lpips_file": str(random_lpips(tmp_path / "lpips.safetensors")),
+        "inception_file": str(random_inception(tmp_path / "inception.safetensors")),
+    }
+    figures, _ = measure(foreign, name=str(pictures), image_size=16, **files)
+    assert figures["rfid"] == 1.0
+    x = np.zeros((1, 16, 16, 3), np.float32)
+    for name, network, args in (("lpips", LPIPS(), (x, x)), ("inception", InceptionV3(), (x,))):
+        assert seen[name] == shapes(
+            jax.eval_shape(network.init, jax.random.key(0), *args)["params"]
+        )
+    measure(foreign, name=str(pictures), image_size=16, lpips_file="", inception_file="")
+    assert seen == {"lpips": None, "inception": None}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "give --data_name=FOLDER .* and --image_size=N$"),
-        ({"name": "somewhere"}, "give --image_size=N$"),
+        ({}, "give --data_name=FOLDER .* and --image_size=PIXELS$"),
+        ({"name": "somewhere"}, "give --image_size=PIXELS$"),
         ({"image_size": 16}, r"give --data_name=FOLDER \(or a TFDS dataset\)$"),
     ],
 )
@@ -210,25 +238,6 @@ def test_a_workdir_on_other_data_and_sizes(first_stage_workdir, pictures):
     figures, pairs = measure(first_stage_workdir, name=str(pictures), image_size=16)
     assert figures["settings"]["images"] == COUNT, "all of a folder that was not trained on"
     assert pairs.shape == (2 * COUNT, 16, 16, 3)
-
-
-def test_data_of_the_config_and_other_data(smoke_config):
-    smoke_config.data.update(resize=48, holdout_share=0.1, image_key="photo", test_split="val")
-
-    def data(**given):
-        return evaluate.data_to_measure(smoke_config, NO_DATA | given)
-
-    own = data()
-    assert own == data(name=smoke_config.data.name)
-    assert own["resize"] == 48 and own["holdout_share"] == 0.1 and own["image_size"] == 32
-    assert own["image_key"] == "photo" and own["test_split"] == "val"
-    assert data(image_size=32)["resize"] == 48 and data(image_size=64)["resize"] == 0
-    assert data(test_split="train")["test_split"] == "train"
-    other = data(name="elsewhere")
-    assert other["holdout_share"] == 1.0 and other["test_split"] == "test"
-    assert other["image_key"] == "image" and other["image_size"] == 32 and other["resize"] == 0
-    assert other["data_dir"] == smoke_config.data.data_dir
-    assert evaluate.data_to_measure(None, NO_DATA) == evaluate.OTHER_DATA
 
 
 def test_flags_that_do_not_go_together(trained_workdir, first_stage_workdir, foreign, tmp_path):

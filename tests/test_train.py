@@ -68,12 +68,12 @@ def test_a_finished_run_is_left_alone(trained_workdir, smoke_config):
 
 
 def test_scale_factor_is_one_over_the_latents_deviation(trained_workdir, smoke_config):
-    from latent_diffusion_jax import build
+    from latent_diffusion_jax import build, first_stages
     from latent_diffusion_jax.runtime import sharding
     from latent_diffusion_jax.training.state import to_float
 
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    frozen = build.load_first_stage(smoke_config, trained_workdir, mesh)
+    frozen = first_stages.load_frozen(smoke_config, trained_workdir, mesh)
     source, _ = build.data_sources(smoke_config)
     prepare = build.example_maker(smoke_config, None)
     images = np.stack([prepare(source[i], None)["image"] for i in range(32)])
@@ -244,7 +244,7 @@ def test_a_loss_that_is_not_finite_is_never_saved(smoke_config, tmp_path):
     smoke_config.first_stage.optimizer.warmup_steps = 0
     smoke_config.first_stage.num_steps = 40
     smoke_config.log_every = 1000
-    with pytest.raises(UserError, match=r"first_stage: the loss is (nan|inf) at step \d+"):
+    with pytest.raises(UserError, match=r"first_stage: .*loss=(nan|inf).* at step \d+; .* kept"):
         train(smoke_config, tmp_path / "run")
     step = checkpoints.latest_step(tmp_path / "run" / "first_stage")
     if step is not None:

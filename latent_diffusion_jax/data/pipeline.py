@@ -6,7 +6,7 @@ A loader's position is the number of batches it has given, the same for any numb
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -18,6 +18,24 @@ from latent_diffusion_jax.runtime.errors import UserError
 
 Example = dict[str, np.ndarray]
 Prepare = Callable[[dict[str, Any], np.random.Generator | None], Example]
+
+
+class Examples(Protocol):
+    """What batches are made from: a `DecodedSource`, or latents that were encoded before."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @property
+    def records(self) -> Source:
+        """The source underneath."""
+        ...
+
+    @property
+    def damaged(self) -> dict[int, str]:
+        """Names of the damaged records seen so far, by index."""
+        ...
 
 
 class DecodedSource:
@@ -45,14 +63,21 @@ class DecodedSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         for i in range(len(self)):
-            record = self._source[(index + i) % len(self)]
-            try:
-                return record | {"image": images.decode(record["image"], self._channels)}
-            except images.ChannelsError as error:
-                raise UserError(f"image {record['name']}: {error}") from error
-            except ValueError as error:
-                self._note((index + i) % len(self), record["name"], str(error))
+            record = self.whole((index + i) % len(self))
+            if record is not None:
+                return record
         raise UserError(f"none of the {len(self)} images can be decoded")
+
+    def whole(self, index: int) -> dict[str, Any] | None:
+        """The record at `index` itself; None, noted, where its image is damaged."""
+        record = self._source[index]
+        try:
+            return record | {"image": images.decode(record["image"], self._channels)}
+        except images.ChannelsError as error:
+            raise UserError(f"image {record['name']}: {error}") from error
+        except ValueError as error:
+            self._note(index, record["name"], str(error))
+            return None
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_lock"}
@@ -123,7 +148,7 @@ class _PrepareAt(grain.transforms.RandomMap):
 
 
 def train_loader(
-    source: DecodedSource,
+    source: Examples,
     prepare: Prepare,
     *,
     batch_size: int,
@@ -166,7 +191,7 @@ def train_loader(
 
 
 def eval_batches(
-    source: DecodedSource,
+    source: Examples,
     prepare: Prepare,
     *,
     batch_size: int,

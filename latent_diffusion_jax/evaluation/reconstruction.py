@@ -31,13 +31,16 @@ LOG_EVERY = 50  # batches
 Program = Callable[[jax.Array], dict[str, jax.Array]]
 
 
-def check(network: AutoencoderKL | AutoencoderVQ, image_size: int, *, judged: bool) -> None:
+def check(
+    network: AutoencoderKL | AutoencoderVQ, image_size: int, *, lpips: bool, inception: bool
+) -> None:
     """Raises UserError where the figures cannot be had.
 
     Args:
       network: the autoencoder.
       image_size: side of the square images in pixels.
-      judged: whether LPIPS or Inception look at the images.
+      lpips: whether LPIPS looks at the images.
+      inception: whether Inception does.
     """
     factor, channels = network.downsampling_factor, network.image_channels
     if image_size % factor:
@@ -46,13 +49,13 @@ def check(network: AutoencoderKL | AutoencoderVQ, image_size: int, *, judged: bo
             f"image_size={image_size} is not divisible by the autoencoder's downsampling factor "
             f"{factor}; {' or '.join(map(str, near))} would be"
         )
-    least = LPIPS_MIN_SIZE if judged else WINDOW
+    least = LPIPS_MIN_SIZE if lpips else WINDOW
     if image_size < least:
         raise UserError(
-            f"image_size={image_size} is too small to measure: {'LPIPS' if judged else 'SSIM'} "
+            f"image_size={image_size} is too small to measure: {'LPIPS' if lpips else 'SSIM'} "
             f"needs at least {least} pixels"
         )
-    if judged and channels not in (1, 3):
+    if (lpips or inception) and channels not in (1, 3):
         raise UserError(
             f"LPIPS and Inception look at images of 1 or 3 channels, those of this autoencoder "
             f"have {channels}; leave their weights out"
@@ -102,10 +105,11 @@ def measure_reconstructions(
       UserError: as `check`; the mesh does not divide the batch; too many images are damaged; with
         Inception, there are fewer than two; reconstructions are not finite.
     """
-    check(network, image_size, judged=lpips_params is not None or inception_params is not None)
+    with_lpips, with_inception = lpips_params is not None, inception_params is not None
+    check(network, image_size, lpips=with_lpips, inception=with_inception)
     sharding.check_batch_size(batch_size, mesh, "batch_size")
     num_images = min(num_images, len(source))
-    if inception_params is not None and num_images < 2:
+    if with_inception and num_images < 2:
         raise UserError("the Frechet distance needs at least two images, one is there")
     program = _program(network, params, mesh, lpips_params, inception_params)
     codes = network.num_codes if isinstance(network, AutoencoderVQ) else 0

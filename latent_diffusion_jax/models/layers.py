@@ -7,16 +7,37 @@ import jax
 import jax.numpy as jnp
 
 
+NORM_STATISTICS = "norm_statistics"  # a collection of variables
+
+
 class GroupNorm(nn.Module):
-    """Group normalisation computed in float32, returned in the input's dtype."""
+    """Group normalisation computed in float32, returned in the input's dtype.
+
+    Where the collection `NORM_STATISTICS` is mutable, means and mean squares of the groups are
+    written to it, [2, B, groups]; where it is given, those in it are used in place of the input's
+    own. Tiles of one image share them so (see `models.tiling`).
+    """
 
     num_groups: int = 32
     epsilon: float = 1e-5  # 1e-5 in the UNet, 1e-6 in the autoencoder and in transformers
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        norm = nn.GroupNorm(num_groups=self.num_groups, epsilon=self.epsilon, dtype=jnp.float32)
-        return norm(x.astype(jnp.float32)).astype(x.dtype)
+        y = x.astype(jnp.float32)
+        given = self.get_variable(NORM_STATISTICS, "moments")
+        if self.is_mutable_collection(NORM_STATISTICS) and not self.is_initializing():
+            groups = y.reshape(y.shape[0], -1, self.num_groups, y.shape[-1] // self.num_groups)
+            moments = jnp.stack([groups.mean((1, 3)), jnp.square(groups).mean((1, 3))])
+            self.put_variable(NORM_STATISTICS, "moments", moments)
+        if given is None:
+            norm = nn.GroupNorm(num_groups=self.num_groups, epsilon=self.epsilon, dtype=jnp.float32)
+            return norm(y).astype(x.dtype)
+        affine = self.variables["params"]["GroupNorm_0"]
+        per_channel = jnp.repeat(given, y.shape[-1] // self.num_groups, axis=-1)
+        mean, square = per_channel.reshape(2, y.shape[0], *[1] * (y.ndim - 2), y.shape[-1])
+        variance = jnp.maximum(square - jnp.square(mean), 0.0)
+        y = (y - mean) * jax.lax.rsqrt(variance + self.epsilon)
+        return (y * affine["scale"] + affine["bias"]).astype(x.dtype)
 
 
 class Dense(nn.Module):

@@ -6,8 +6,8 @@ middle half as a raised cosine, so that what differs between tiles changes smoot
 network reaches no further than `o / 4` pixels, the result is that of the whole image.
 
 An autoencoder does reach further: its group normalisation and its attention look at the whole of
-what they are given, so each tile is a little different in tone. `mean_over_tiles` is for that: the
-statistics of the normalisation, taken over all tiles, can be given to each of them.
+what they are given, so tiles differ in tone. `shared_statistics` is for that: all tiles are normalised
+by the statistics of all. What is left is the attention, which sees one tile at a time.
 """
 
 from collections.abc import Callable
@@ -110,25 +110,67 @@ def tiled_encode(
     return _blend(encode, x, tile // factor, overlap // factor, units=(factor, 1))
 
 
-def mean_over_tiles(
-    function: Callable[[jax.Array], Any], z: jax.Array, *, factor: int, tile: int, overlap: int
+def shared_statistics(
+    function: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
+    x: jax.Array,
+    *,
+    factor: int,
+    tile: int,
+    overlap: int,
+    rounds: int = 1,
 ) -> Any:
-    """Mean over the tiles of what `function` returns, leaf by leaf.
+    """Statistics of normalisation over all tiles, for each of them to use in place of its own.
 
-    The tiles are those of `tiled_decode`; each counts the same.
+    A first pass over the tiles averages what each has. Statistics deeper in the network depend on
+    those before, so that more rounds come closer to the whole image's; one is most of it. A round
+    takes as long as the decoding itself.
+
+    With an autoencoder,
+
+      def decode(z, statistics):
+          return autoencoder.apply(
+              {"params": params, **statistics}, z, method="decode", mutable=[NORM_STATISTICS]
+          )
+
+      statistics = shared_statistics(decode, z, **sizes)
+      images = tiled_decode(lambda z: decode(z, statistics)[0], z, **sizes)
+
+    Args:
+      function: (a tile, statistics to use) -> (its result, its own statistics). Statistics to use
+        are {} in the first round, for: those of the tile.
+      x: latents to decode [B, h, w, c], or images to encode.
+      factor, tile, overlap: as for `tiled_decode`; `factor` is 1 for images to encode.
+      rounds: number of passes.
+
+    Returns:
+      Statistics for `function`; {} where all is one tile.
+
+    Raises:
+      UserError: as `tiled_decode`.
     """
     _check_tiles(factor, tile, overlap)
-    rows, columns, shape = _tile_grid((z.shape[1], z.shape[2]), tile // factor, overlap // factor)
+    size = (x.shape[1], x.shape[2])
+    rows, columns, shape = _tile_grid(size, tile // factor, overlap // factor)
+    if shape == size:
+        return {}
     starts = jnp.asarray(_all_pairs(rows, columns))
+    statistics: Any = {}
+    for _ in range(rounds):
+        statistics = _mean(
+            lambda start, given=statistics: function(_cut(x, start, shape), given)[1], starts
+        )
+    return statistics
 
-    def of_tile(start: jax.Array) -> Any:
-        return function(_cut(z, start, shape))
+
+def _mean(function: Callable[[jax.Array], Any], values: jax.Array) -> Any:
+    """Mean of a function over the rows of `values`, one after the other, leaf by leaf."""
 
     def add(i: jax.Array, total: Any) -> Any:
-        return jax.tree.map(lambda a, b: a + b / len(starts), total, of_tile(starts[i]))
+        return jax.tree.map(lambda a, b: a + b / len(values), total, function(values[i]))
 
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of_tile, starts[0]))
-    return jax.lax.fori_loop(0, len(starts), add, zeros)
+    shapes = jax.eval_shape(function, values[0])
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.fori_loop(0, len(values), add, zeros)
 
 
 def _blend(

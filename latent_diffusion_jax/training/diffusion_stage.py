@@ -30,6 +30,9 @@ def make_stage(
 ) -> Stage:
     """Builds the stage. `State.frozen` holds the parameters `autoencoder` and `scale_factor`.
 
+    A batch has `tokens` [B, L] and `image`, uint8 [B, H, W, C], or in its place `moments`
+    [B, h, w, c'], with which the encoder's parameters are not needed.
+
     Args:
       ldm: the networks.
       optimizer: for the UNet and the conditioner together.
@@ -51,14 +54,17 @@ def make_stage(
         noises = jax.vmap(lambda key: jax.random.split(key))(keys)
         posterior_noise = normal_per_key(noises[:, 0], ldm.latent_shape)
         epsilon = normal_per_key(noises[:, 1], ldm.latent_shape)
-        z_0 = ldm.encode(params, to_float(batch["image"]), posterior_noise)
+        if "moments" in batch:
+            z_0 = ldm.sample_latents(params, batch["moments"], posterior_noise)
+        else:
+            z_0 = ldm.encode(params, to_float(batch["image"]), posterior_noise)
         cond = ldm.condition(params, tokens)
         return denoising_loss(
             lambda z_t, t: ldm.predict_epsilon(params, z_t, t, cond), ldm.schedule, z_0, epsilon, t
         )
 
     def train_step(state: State, batch: Any, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        keys = sample_keys(key, state.step, batch["image"].shape[0])
+        keys = sample_keys(key, state.step, batch["tokens"].shape[0])
         noise_keys, t_keys, drop_keys = jnp.unstack(
             jax.vmap(lambda k: jax.random.split(k, 3))(keys), axis=1
         )
@@ -78,7 +84,7 @@ def make_stage(
     def eval_step(state: State, batch: Any, key: jax.Array) -> dict[str, jax.Array]:
         # The noise depends on the key alone, and any first rows of a batch have timesteps that are
         # spread evenly (multiples of the golden ratio), so that steps and runs are comparable.
-        size = batch["image"].shape[0]
+        size = batch["tokens"].shape[0]
         spread = (np.arange(size) + 0.5) * (np.sqrt(1.25) - 0.5) % 1.0
         t = jnp.asarray(spread * ldm.schedule.num_timesteps, jnp.int32)
         keys = sample_keys(key, jnp.zeros((), jnp.int32), size)

@@ -44,8 +44,8 @@ class Run:
 
     workdir: pathlib.Path
     mesh: Mesh
-    train_source: pipeline.DecodedSource
-    test_source: pipeline.DecodedSource
+    train_source: pipeline.Examples
+    test_source: pipeline.Examples
     config: dict[str, Any]
     should_stop: Callable[[], bool]
     seed: int
@@ -203,7 +203,7 @@ def train_stage(
 
 
 def in_order(
-    source: pipeline.DecodedSource,
+    source: pipeline.Examples,
     prepare: pipeline.Prepare,
     mesh: Mesh,
     batch_size: int,

@@ -224,6 +224,7 @@ def test_levels_are_rounded_as_on_the_host():
         (dict(image_size=1), r"image_size=1 .* factor 2; 2 would be"),
         (dict(image_size=10), r"image_size=10 is too small .* SSIM needs at least 11"),
         (dict(image_size=12, lpips_params={}), r"=12 is too small .* LPIPS needs at least 16"),
+        (dict(image_size=10, inception_params={}), r"=10 is too small .* SSIM needs at least 11"),
         (dict(batch_size=12), r"batch_size=12 is not divisible .* = 8; 8 or 16"),
         (dict(num_images=1, inception_params={}), "at least two images"),
     ],

@@ -4,81 +4,108 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
-from latent_diffusion_jax.models.discriminator import BatchNorm, PatchDiscriminator
+from latent_diffusion_jax.models import discriminator as module
+from latent_diffusion_jax.models.discriminator import ActNorm, BatchNorm, PatchDiscriminator
+from latent_diffusion_jax.runtime.trees import count
+from tests.torch_networks import PatchDiscriminator as TorchDiscriminator
+from tests.torch_networks import check_gradients, draw_params, nchw, nhwc, torch_names
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def pix2pix(in_channels: int, channels: int, num_layers: int) -> tuple[nn.Sequential, list]:
-    """NLayerDiscriminator of pix2pix, and our name for each of its layers."""
-    layers, names = [nn.Conv2d(in_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2)], ["conv_0", ""]
-    width = channels
-    for i in range(1, num_layers + 1):
-        before, width = width, channels * min(2**i, 8)
-        stride = 2 if i < num_layers else 1
-        layers += [
-            nn.Conv2d(before, width, 4, stride, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.LeakyReLU(0.2),
-        ]
-        names += [f"conv_{i}", f"norm_{i}", ""]
-    layers.append(nn.Conv2d(width, 1, 4, 1, 1))
-    names.append(f"conv_{num_layers + 1}")
-    return nn.Sequential(*layers).double().train(), names
+def assert_close(ours, expected, tolerance: float) -> None:
+    """Relative to the largest element."""
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
 # Four layers reach the cap on the width, 8 times the first.
-@pytest.mark.parametrize(("num_layers", "size"), [(2, 16), (3, 32), (4, 64)])
-def test_values_and_gradients_equal_torch(
-    num_layers, size, random_params, to_torch, assert_gradients_equal
-):
-    model = PatchDiscriminator(channels=4, num_layers=num_layers)
-    images = normal(0, 2, size, size, 3)
-    params = random_params(model, images)
-    reference, names = pix2pix(3, 4, num_layers)
-    renames = [(f"^{name}/", f"{i}/") for i, name in enumerate(names) if name]
-    missing, unexpected = reference.load_state_dict(to_torch(params, renames), strict=False)
-    assert not unexpected
-    assert all(name.split(".")[1].startswith(("running", "num_batches")) for name in missing)
+@pytest.mark.parametrize(
+    ("norm", "num_layers", "size", "channels"),
+    [("batch", 2, 16, 3), ("batch", 4, 64, 1), ("activation", 2, 16, 5), ("activation", 3, 32, 3)],
+)
+def test_values_and_gradients_equal_torch(norm, num_layers, size, channels):
+    model = PatchDiscriminator(channels=4, num_layers=num_layers, norm=norm)
+    images = normal(0, 2, size, size, channels)
+    params = draw_params(model, images)
+    reference = TorchDiscriminator(channels, 4, num_layers, norm).load(params)
 
-    x = torch.tensor(images, dtype=torch.float64).permute(0, 3, 1, 2).requires_grad_()
+    x = nchw(images).requires_grad_()
     theirs = reference(x)
     weights = normal(1, *theirs.permute(0, 2, 3, 1).shape)
-    (torch.tensor(weights).permute(0, 3, 1, 2) * theirs).sum().backward()
+    (nchw(weights) * theirs).sum().backward()
 
     def loss(params, images):
         logits = model.apply({"params": params}, images)
         return jnp.sum(weights * logits), logits
 
     (param_grad, image_grad), logits = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, images)
-    expected = theirs.detach().permute(0, 2, 3, 1).numpy()
-    assert logits.shape == expected.shape and logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    expected = x.grad.permute(0, 2, 3, 1).numpy()
-    np.testing.assert_allclose(image_grad, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
-    assert_gradients_equal(to_torch(param_grad, renames), reference, 1e-4)
+    assert logits.shape == nhwc(theirs).shape and logits.dtype == jnp.float32
+    assert_close(logits, nhwc(theirs), 1e-5)
+    assert_close(image_grad, nhwc(x.grad), 1e-4)
+    check_gradients(torch_names(param_grad, []), reference, 1e-4)
 
 
-@pytest.mark.parametrize(("num_layers", "size", "logits"), [(3, 256, 30), (2, 64, 14)])
-def test_logits_are_one_for_each_patch(num_layers, size, logits):
+def test_activation_norms_start_from_the_data_as_in_torch():
+    """Layer after layer: each sees what the one before it, just set, lets through."""
+    model = PatchDiscriminator(channels=4, num_layers=3, norm="activation")
+    images = 3 * normal(2, 3, 32, 32, 3) + 1
+    params = draw_params(model, images)
+    reference = TorchDiscriminator(3, 4, 3, "activation").load(params)
+    reference.start_from(nchw(images))
+
+    logits, updated = model.apply({"params": params}, images, True, mutable=["params"])
+    theirs = reference.state_dict()
+    for name, tensor in torch_names(updated["params"], []).items():
+        assert_close(tensor.numpy(), theirs[name].numpy(), 1e-5)
+    assert_close(logits, nhwc(reference(nchw(images))), 1e-5)
+    for i in range(4):  # convolutions stay as they are, and so do later calls
+        kernel = updated["params"][f"conv_{i}"]["kernel"]
+        np.testing.assert_array_equal(kernel, params[f"conv_{i}"]["kernel"])
+    assert_close(model.apply(updated, images), logits, 1e-6)
+
+
+def test_activation_norm_sets_mean_and_deviation():
+    x = 5 * normal(3, 4, 6, 6, 2) + 40
+    params = {"shift": jnp.zeros(2), "scale": jnp.ones(2)}
+    np.testing.assert_array_equal(ActNorm().apply({"params": params}, x), x)
+    y, updated = ActNorm().apply({"params": params}, x, True, mutable=["params"])
+    np.testing.assert_allclose(np.mean(y, axis=(0, 1, 2)), 0.0, atol=1e-5)
+    np.testing.assert_allclose(np.std(y, axis=(0, 1, 2), ddof=1), 1.0, atol=1e-5)
+    np.testing.assert_allclose(ActNorm().apply(updated, x), y, rtol=1e-6)
+    half = ActNorm().apply(updated, jnp.asarray(x, jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), y, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "size", "logits", "parameters"),
+    [(3, 256, 30, 2_765_633), (2, 256, 62, 663_361), (2, 64, 14, 663_361)],
+)
+def test_logits_and_parameters_are_those_of_the_reference(num_layers, size, logits, parameters):
     model = PatchDiscriminator(num_layers=num_layers)
     images = jnp.zeros((1, size, size, 3))
-    out, _ = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), images))
+    out, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
     assert out.shape == (1, logits, logits, 1)
+    assert count(variables["params"]) == parameters
+
+
+def test_a_norm_that_does_not_exist_is_refused_with_those_that_do():
+    model = PatchDiscriminator(norm="group")
+    with pytest.raises(ValueError, match="unknown norm 'group'; known: batch, activation"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    assert module.NORMS == ("batch", "activation")
 
 
 @pytest.mark.parametrize(("num_layers", "field"), [(2, 34), (3, 70)])
-def test_receptive_field(monkeypatch, random_params, num_layers, field):
+def test_receptive_field(monkeypatch, num_layers, field):
     """Of the convolutions: batch statistics, which see everything, are left out."""
     monkeypatch.setattr(BatchNorm, "__call__", lambda self, x: x)
     model = PatchDiscriminator(channels=2, num_layers=num_layers)
     images = normal(2, 1, 96, 96, 3)
-    params = random_params(model, images)
+    params = draw_params(model, images)
 
     def middle_logit(images):
         logits = model.apply({"params": params}, images)

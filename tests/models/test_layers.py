@@ -9,6 +9,7 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
 from latent_diffusion_jax.models.layers import (
+    NORM_STATISTICS,
     Dense,
     GroupNorm,
     UpsampleConv,
@@ -65,6 +66,26 @@ def test_group_norm_computes_half_precision_inputs_in_float32():
     assert y.dtype == jnp.bfloat16
     exact = norm.apply(params, x.astype(jnp.float32))
     np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
+
+
+def test_group_norm_uses_the_statistics_that_it_is_given(random_params):
+    x, y = normal(10, 2, 5, 3, 8), 2 * normal(11, 2, 4, 4, 8) + 1
+    norm = GroupNorm(4)
+    variables = {"params": random_params(norm, x)}
+    plain, of_x = norm.apply(variables, x, mutable=[NORM_STATISTICS])
+    assert set(norm.init(jax.random.key(0), x)) == {"params"}
+    np.testing.assert_array_equal(plain, norm.apply(variables, x))
+    np.testing.assert_allclose(norm.apply({**variables, **of_x}, x), plain, rtol=0, atol=1e-5)
+
+    # Of y with the statistics of x: an affine map with the slope and the offset that x has.
+    given, of_y = norm.apply({**variables, **of_x}, y, mutable=[NORM_STATISTICS])
+    groups = x.reshape(2, 15, 4, 2)
+    mean, std = (np.repeat(f(axis=(1, 3)), 2, -1)[:, None, None] for f in (groups.mean, groups.std))
+    affine = variables["params"]["GroupNorm_0"]
+    expected = (y - mean) / np.sqrt(std**2 + 1e-5) * affine["scale"] + affine["bias"]
+    np.testing.assert_allclose(given, expected, rtol=0, atol=1e-5)
+    own = norm.apply(variables, y, mutable=[NORM_STATISTICS])[1]
+    jax.tree.map(np.testing.assert_array_equal, of_y, own)  # what is recorded are y's own
 
 
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3, 4)])

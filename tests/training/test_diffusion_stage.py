@@ -13,6 +13,7 @@ from latent_diffusion_jax.models.text_transformer import TextTransformer
 from latent_diffusion_jax.models.unet import UNet
 from latent_diffusion_jax.sampling import make_txt2img
 from latent_diffusion_jax.training import diffusion_stage
+from latent_diffusion_jax.training.state import to_float
 
 LENGTH = 6
 LDM = LatentDiffusion(
@@ -44,7 +45,7 @@ def make_stage(caption_dropout=0.1, optimizer=None):
 
 @pytest.fixture(scope="module")
 def frozen():
-    params = LDM.autoencoder.init(KEY, jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 4, 4, 3)))["params"]
+    params = LDM.autoencoder.init(KEY, jnp.zeros((1, 8, 8, 3)))["params"]
     return {"autoencoder": params, "scale_factor": jnp.float32(0.7)}
 
 
@@ -113,3 +114,50 @@ def test_preview_draws_its_prompts(frozen, batch):
     images = jax.jit(stage.preview)(state, batch, KEY)
     assert images.shape == (2, 8, 8, 3)
     assert float(jnp.abs(images).max()) <= 1.0
+
+
+@pytest.fixture
+def encoded(frozen, batch):
+    """The batch with moments in the images' place, and what is frozen without the encoder."""
+    params = frozen["autoencoder"]
+    images = to_float(batch["image"])
+    posterior = LDM.autoencoder.apply({"params": params}, images, method="encode")
+    decoder = {k: v for k, v in params.items() if k not in ("encoder", "quant_conv")}
+    moments = {"moments": np.asarray(posterior.moments), "tokens": batch["tokens"]}
+    return moments, frozen | {"autoencoder": decoder}
+
+
+def test_encoded_images_are_trained_on_alike(frozen, batch, encoded):
+    stage = make_stage()
+    moments, rest = encoded
+    state = jax.jit(stage.init)(KEY)
+    train_step, eval_step = jax.jit(stage.train_step), jax.jit(stage.eval_step)
+    ours, theirs = state.replace(frozen=rest), state.replace(frozen=frozen)
+    for _ in range(3):
+        ours, found = train_step(ours, moments, KEY)
+        theirs, wanted = train_step(theirs, batch, KEY)
+        for name, value in wanted.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-5)
+    np.testing.assert_allclose(
+        eval_step(ours, moments, KEY)["loss"], eval_step(theirs, batch, KEY)["loss"], rtol=1e-4
+    )
+    assert jax.tree.structure(ours.frozen) == jax.tree.structure(rest)
+    pictures = jax.jit(stage.preview)(ours, moments, KEY)
+    assert pictures.shape == (2, 8, 8, 3)
+
+
+def test_the_posterior_of_encoded_images_is_sampled(frozen, encoded):
+    moments, rest = encoded
+    stage = make_stage()
+    state = jax.jit(stage.init)(KEY).replace(frozen=rest)
+    mean, logvar = np.split(moments["moments"], 2, axis=-1)
+    wide = moments | {"moments": np.concatenate([mean, logvar + 3], axis=-1)}
+    losses = [float(jax.jit(stage.train_step)(state, b, KEY)[1]["loss"]) for b in (moments, wide)]
+    assert losses[0] != losses[1]
+    noise = np.random.default_rng(0).normal(size=mean.shape)
+    np.testing.assert_allclose(
+        LDM.sample_latents(rest, moments["moments"], noise),
+        0.7 * (mean + np.exp(0.5 * logvar) * noise),
+        rtol=1e-4,
+        atol=1e-6,
+    )

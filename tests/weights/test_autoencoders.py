@@ -165,6 +165,14 @@ def test_a_round_trip_through_theirs_changes_no_bit(name, tmp_path, loaded_from)
     assert_same_tree(again.params, params)
 
 
+def test_groups_other_than_32_survive(changed, tmp_path):
+    loaded = autoencoders.load(changed(norm_num_groups=16))
+    assert loaded.fields["num_groups"] == 16
+    autoencoders.save_diffusers(tmp_path, loaded.kind, loaded.fields, loaded.params, 2.0)
+    again = autoencoders.load(tmp_path)
+    assert (again.fields, again.scaling_factor) == (loaded.fields, 2.0)
+
+
 @pytest.mark.parametrize("name", ["kl", "vq"])
 def test_old_names_and_shapes_of_attention_are_read(model, name, folder, tmp_path, loaded_from):
     """From before diffusers 0.17, some with 1x1 convolutions for the projections."""

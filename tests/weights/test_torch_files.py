@@ -1,10 +1,12 @@
 """Files of `torch.save` read without Torch: what Torch itself reads, and nothing executed."""
 
+import collections
 import importlib.util
 import io
 import os
 import pathlib
 import pickle
+import struct
 import sys
 import zipfile
 
@@ -195,6 +197,38 @@ def test_a_pickle_by_hand_is_read(tmp_path):
     assert_same(path, {"w": torch.tensor([1.0, 2.0, 3.0])})
 
 
+def test_byte_strings_of_python_2_are_no_obstacle(tmp_path):
+    code = tensor_code(0, b"I4\n", b"I1\n").replace(b"(d", b"(dU\x02\xff\xfeI1\ns", 1)
+    assert_same(with_pickle(tmp_path / "a.pt", code), {"w": torch.arange(4.0)})
+
+
+class ViewedStorage:
+    """A storage of Torch before 0.4 that is part of another."""
+
+
+class ViewedTensor:
+    def __reduce__(self):
+        arguments = (ViewedStorage(), 1, (2,), (1,), False, collections.OrderedDict())
+        return torch._utils._rebuild_tensor_v2, arguments
+
+
+class OldPickler(pickle.Pickler):
+    def persistent_id(self, obj):
+        if isinstance(obj, ViewedStorage):  # numbers 2, 3 and 4 of a storage of 6
+            return ("storage", torch.FloatStorage, "7", "cpu", 6, ("8", 2, 3))
+        return None
+
+
+def test_storages_that_are_parts_of_others_are_read(tmp_path):
+    stream = io.BytesIO()
+    for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, {"w": ViewedTensor()},
+                  ["7"]):  # fmt: skip
+        OldPickler(stream, protocol=2).dump(value)
+    stream.write(struct.pack("<q6f", 6, *range(6)))
+    (tmp_path / "a.pt").write_bytes(stream.getvalue())
+    assert_same(tmp_path / "a.pt", {"w": torch.tensor([3.0, 4.0])})
+
+
 @pytest.mark.parametrize(
     ("offset", "shape", "strides", "part"),
     [
@@ -240,6 +274,8 @@ def test_truncated_files_are_refused_wherever_they_end(save):
     for size in sorted(sizes):
         path.write_bytes(whole[:size])
         check_refused(path)
+    with pytest.raises(UserError):  # though none of what is missing is asked for
+        files.read(path, skip=("w",))
 
 
 def test_damaged_numbers_of_an_archive_are_noticed(tmp_path):
