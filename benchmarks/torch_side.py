@@ -78,16 +78,21 @@ class Perceptual(nn.Module):
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], False)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        h, block, found = (torch.cat([x, y]) - self.shift) / self.scale, 0, []
-        for layer in [*self.features, nn.MaxPool2d(2)]:
-            if isinstance(layer, nn.MaxPool2d):
-                norm = h.square().sum(1, keepdim=True).sqrt()
-                a, b = (h / (norm + 1e-10)).chunk(2)
-                linear = getattr(self, f"lin{block}")["model"][1]
-                found.append(linear((a - b).square()).mean((1, 2, 3)))
-                block += 1
-            h = layer(h) if block < len(VGG_BLOCKS) else h
-        return torch.stack(found).sum(0)
+        # Two passes, as in the `lpips` package: there is no gradient to find in the first.
+        distances = []
+        for i, (a, b) in enumerate(zip(self.taps(x), self.taps(y), strict=True)):
+            linear = getattr(self, f"lin{i}")["model"][1]
+            distances.append(linear((a - b).square()).mean((1, 2, 3)))
+        return torch.stack(distances).sum(0)
+
+    def taps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Features at the end of each block, of unit length."""
+        h, found = (x - self.shift) / self.scale, []
+        for layer in [*self.features, None]:
+            if layer is None or isinstance(layer, nn.MaxPool2d):
+                found.append(h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10))
+            h = layer(h) if layer is not None else h
+        return found
 
 
 def write_shared(case: Case, folder: pathlib.Path) -> None:

@@ -30,6 +30,7 @@ def get_config(variant: str = "photos") -> ConfigDict:
         base.photos(config)
         if variant == "smoke":
             base.smoke_first_stage(config)
+            config.data.image_size, config.data.resize = 32, 64
         return config
     base.open_images(config)
     network = first.autoencoder

@@ -40,6 +40,7 @@ def get_config(variant: str = "photos") -> ConfigDict:
         first.codebook.revive_below = 0.1
         if variant == "smoke":
             base.smoke_first_stage(config)
+            config.data.image_size, config.data.resize = 32, 64
             network.codebook_size = 64
         return config
     base.open_images(config)

@@ -142,19 +142,18 @@ def photos(config: ConfigDict) -> None:
     first.autoencoder.num_groups = 8
     first.discriminator.channels = 32
     first.discriminator.num_layers = 2
-    first.loss.disc_start = 900
+    first.loss.disc_start = 700
+    first.loss.update_order = "together"
     first.optimizer.learning_rate = 2e-3
     first.optimizer.warmup_steps = 50
     first.optimizer.final_fraction = 0.05
     first.discriminator_optimizer.learning_rate = 5e-4
-    first.batch_size = 16
-    first.num_steps = 1_400
+    first.batch_size = 8
+    first.num_steps = 1_100
 
 
 def smoke_first_stage(config: ConfigDict) -> None:
     """A few steps of networks that learn nothing."""
-    config.data.image_size = 32
-    config.data.resize = 64
     config.log_every = 2
     config.eval_every = 4
     config.eval_examples = 16

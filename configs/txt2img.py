@@ -137,22 +137,7 @@ def digits(config: ConfigDict) -> ConfigDict:
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-    config.log_every = 2
-    config.eval_every = 4
-    config.eval_examples = 16
-    config.checkpoint_every = 2
-
-    first = config.first_stage
-    first.autoencoder.channels = 8
-    first.autoencoder.channel_multipliers = (1, 1, 1)
-    first.autoencoder.num_groups = 4
-    first.autoencoder.mid_attention = False
-    first.discriminator.channels = 8
-    first.loss.disc_start = 2
-    first.batch_size = 8
-    first.num_steps = 4
-    first.scale_examples = 32
-
+    base.smoke_first_stage(config)
     config.text_encoder.width = 16
     config.text_encoder.depth = 1
     config.text_encoder.head_dim = 8

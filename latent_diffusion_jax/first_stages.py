@@ -140,7 +140,7 @@ def adopt(config: ConfigDict, workdir: pathlib.Path, params: Any, scale_factor: 
     as_json = json.loads(config.to_json())
     as_json["first_stage"]["ema_decay"] = 0.0  # these are the weights to work with
     items = {"config": as_json, "info": {"scale_factor": scale_factor}}
-    state = State(np.int32(0), {"autoencoder": params}, None, None)
+    state = State(jnp.zeros((), jnp.int32), {"autoencoder": params}, None, None)
     with checkpoints.open_manager(workdir / "first_stage", create=True) as manager:
         checkpoints.save(manager, config.first_stage.num_steps, state, items)
         manager.wait_until_finished()

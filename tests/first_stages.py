@@ -17,12 +17,12 @@ from tests.torch_networks import draw_params
 
 SIZE = 16
 TINY: dict[str, Any] = dict(
-    channels=4, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=2, mid_attention=False
+    channels=4, channel_multipliers=(1, 1), num_res_blocks=0, num_groups=2, mid_attention=False
 )
 KL = AutoencoderKL(**TINY)
 VQ = AutoencoderVQ(**TINY, codebook_size=20)
-DISCRIMINATOR = PatchDiscriminator(channels=4, num_layers=2)
-ACTIVATION = PatchDiscriminator(channels=4, num_layers=2, norm="activation")
+DISCRIMINATOR = PatchDiscriminator(channels=4, num_layers=1)
+ACTIVATION = PatchDiscriminator(channels=4, num_layers=1, norm="activation")
 KEY = jax.random.key(3)
 
 LOSSES = AutoencoderLosses(
@@ -72,14 +72,24 @@ def make_stage(
     )
 
 
-def random_state(stage: Stage, network: Any, discriminator: PatchDiscriminator) -> State:
-    """A state with random parameters, all else as `init` has it."""
+def random_state(
+    stage: Stage, network: Any, discriminator: PatchDiscriminator, logvar: float = 0.0
+) -> State:
+    """A state before its first step with random parameters; nothing is compiled for it."""
     images = np.zeros((1, SIZE, SIZE, network.image_channels), np.float32)
-    drawn = {"autoencoder": draw_params(network, images)}
+    shapes = jax.eval_shape(stage.init, jax.random.key(0))
+    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    drawn = {"autoencoder": draw_params(network, images), "logvar": jnp.float32(logvar)}
     drawn["discriminator"] = draw_params(discriminator, images, seed=1)
-    state = jax.jit(stage.init)(jax.random.key(0))
-    params = {name: drawn.get(name, value) for name, value in state.params.items()}
-    return state.replace(params=params)
+    params = {name: drawn[name] for name in state.params}
+    average, averages = state.ema, state.averages
+    if average is not None:
+        average = {"autoencoder": drawn["autoencoder"]}
+    if averages is not None and "codebook" in averages:
+        codebook = drawn["autoencoder"]["quantizer"]["codebook"]
+        n = len(codebook)
+        averages = averages | {"codebook": {"shares": jnp.full(n, 1 / n), "sums": codebook / n}}
+    return state.replace(params=params, ema=average, averages=averages)
 
 
 def draw_batch(size: int, channels: int = 3) -> dict[str, np.ndarray]:

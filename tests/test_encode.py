@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -16,9 +17,9 @@ from PIL import Image
 from latent_diffusion_jax import build, first_stages
 from latent_diffusion_jax.data.latents import LatentSource
 from latent_diffusion_jax.encode import encode_dataset, open_inputs
-from latent_diffusion_jax.runtime import checkpoints
+from latent_diffusion_jax.runtime import checkpoints, sharding
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.train import train
+from latent_diffusion_jax.train import measure_scale, train
 from latent_diffusion_jax.training.state import to_float
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -64,7 +65,7 @@ def test_records_are_the_encoders_moments(latents_dir, smoke_config, first_stage
                      "train-00002-of-00003.array_record"]  # fmt: skip
     for split, source in zip(("train", "test"), build.data_sources(smoke_config), strict=True):
         found = LatentSource(latents_dir, split)
-        assert len(found) == len(source) and found.label_names == source.records.label_names
+        assert len(found) == len(source) and found.label_names == list(source.records.label_names)
         rows = [0, 1, 64, len(source) - 1]
         prepare = build.example_maker(smoke_config, None)
         images = np.stack([prepare(source[i], None)["image"] for i in rows])
@@ -166,8 +167,8 @@ def test_damaged_images_are_left_out(
     smoke_config.data.name = str(write_images(tmp_path / "data", 20, damaged=(3, 11)))
     smoke_config.data.holdout_share = 0.3
     out = tmp_path / "out"
-    with pytest.raises(UserError, match="of .* images cannot be decoded, the last is .*png"):
-        encode(smoke_config, trained_workdir, first_stage, out)
+    with pytest.raises(UserError, match=r"of .* images cannot be decoded, the last is .*png"):
+        encode(smoke_config, trained_workdir, first_stage, out, shard_size=2)
     smoke_config.data.max_damaged_share = 0.5
     assert encode(smoke_config, trained_workdir, first_stage, out, shard_size=2)
     names = [LatentSource(out, split)[i]["name"] for split in ("train", "test")
@@ -251,7 +252,7 @@ def test_flags_that_do_not_say_enough_are_refused(smoke_config, trained_workdir,
         open_inputs(None, None)
     with pytest.raises(UserError, match="give --first_stage=PATH"):
         open_inputs(smoke_config, None)
-    with pytest.raises(UserError, match="first stage .*none does not exist"):
+    with pytest.raises(UserError, match=r"first stage .*none does not exist"):
         open_inputs(smoke_config, str(tmp_path / "none"))
     config, found, origin = open_inputs(None, str(trained_workdir))
     assert config.data.image_size == 32 and origin == trained_workdir
@@ -371,20 +372,27 @@ def test_a_first_stage_from_elsewhere_is_adopted(
     bias = params["decoder"]["conv_out"]["bias"] + 1
     decoder = params["decoder"] | {"conv_out": params["decoder"]["conv_out"] | {"bias": bias}}
     changed = params | {"decoder": decoder}
-    autoencoders.save_compvis(tmp_path / "vae.safetensors", kind, fields, changed)
+    autoencoders.save_diffusers(folder, kind, fields, changed, 0.5)
     latent_config.data.name = ""  # the latents are all that is needed
-    latent_config.first_stage.init_from = str(tmp_path / "vae.safetensors")
-    latent_config.num_steps = 2
-    assert train(latent_config, tmp_path / "run")
+    latent_config.first_stage.init_from = str(folder)
+    assert not train(latent_config, tmp_path / "run", should_stop=lambda: True)
     info = checkpoints.read_json(tmp_path / "run" / "first_stage", 4, "info")
-    assert info["scale_factor"] == pytest.approx(first_stage.scale_factor, rel=0.05)
+    assert info["scale_factor"] == 0.5
 
     encoder = jax.tree.map(lambda leaf: leaf * 1.01, params["encoder"])
-    autoencoders.save_diffusers(folder, kind, fields, params | {"encoder": encoder}, 0.5)
-    latent_config.first_stage.init_from = str(folder)
+    other = tmp_path / "other_vae"
+    autoencoders.save_diffusers(other, kind, fields, params | {"encoder": encoder}, 0.5)
+    latent_config.first_stage.init_from = str(other)
     with pytest.raises(UserError, match=r"latents in .* are of another autoencoder \(that of .*"):
         train(latent_config, tmp_path / "other")
     assert not (tmp_path / "other").exists(), "something was done before the error"
+
+
+def test_the_scale_can_be_measured_on_latents(latents_dir, latent_config, first_stage):
+    mesh = sharding.make_mesh(dict(latent_config.mesh))
+    run = types.SimpleNamespace(mesh=mesh, train_source=LatentSource(latents_dir, "train"))
+    found = measure_scale(run, latent_config, first_stage.network, first_stage.params)
+    assert found == pytest.approx(first_stage.scale_factor, rel=1e-4)
 
 
 def check_refused(config, workdir, match):
@@ -423,26 +431,23 @@ def test_latents_that_do_not_fit_are_refused(
     check_refused(flipped, tmp_path / "new", "of no mirrored images")
 
 
-def test_a_vq_autoencoder_encodes(tmp_path, data_dir):
-    from configs import txt2img
-
-    config = txt2img.get_config("smoke")
-    config.data.data_dir = data_dir
+def test_a_vq_autoencoder_encodes(smoke_config, tmp_path):
+    config = smoke_config
     config.data.train_split, config.data.test_split = "train[:40]", "test[:8]"
     with config.unlocked():
         config.first_stage.kind = "vq"
         config.first_stage.autoencoder.codebook_size = 8
         config.first_stage.autoencoder.levels = ()
         config.first_stage.codebook = {"decay": 0.0, "revive_below": 0.0}
-    config.first_stage.num_steps = 1
-    config.num_steps = 2
-    workdir, out = tmp_path / "run", tmp_path / "latents"
-    config.stages = ("first_stage",)
-    assert train(config, workdir)
-    found = first_stages.open_first_stage(workdir)
-    assert encode_dataset(config, found, str(workdir), out)
-    assert LatentSource(out, "train").index["moments_shape"] == [8, 8, 3]
-    config.data.latents = str(out)
-    config.stages = ("diffusion",)
-    (workdir / "config.json").unlink()  # of other stages
-    assert train(config, workdir)
+    network, fields = (
+        build.autoencoder(config),
+        build.network_fields(config.first_stage.autoencoder),
+    )
+    params = network.init(jax.random.key(0), np.zeros((1, 32, 32, 3)))["params"]
+    found = first_stages.FirstStage("vq", fields, network, params, 1.0, config)
+    assert encode_dataset(config, found, "F", tmp_path, dtype="float32")
+    source = LatentSource(tmp_path, "test")
+    images = np.stack([np.asarray(build.data_sources(config)[1][i]["image"]) for i in range(8)])
+    wanted = network.apply({"params": params}, to_float(images), method="encode").mean
+    found = np.stack([source[i]["moments"][0, 0] for i in range(8)])
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)

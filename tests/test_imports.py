@@ -21,8 +21,8 @@ LAYERS = (
     ("training",),
     ("build",),
     ("first_stages", "config_checks"),
-    ("pipelines",),
-    ("train", "sample", "evaluate", "convert", "encode"),
+    ("pipelines", "autoencoding"),
+    ("train", "sample", "evaluate", "convert", "encode", "reconstruct"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

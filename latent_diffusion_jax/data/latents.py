@@ -137,7 +137,7 @@ class LatentSource:
                 "(python -m latent_diffusion_jax.encode) goes on where it was"
             )
         self.index: dict[str, Any] = index
-        self.label_names: Sequence[str] = tuple(index["label_names"])
+        self.label_names: Sequence[str] = list(index["label_names"])
         self.damaged: dict[int, str] = {}
         self._dtype, self._shape = index["dtype"], (*index["splits"][split]["views"],
                                                     *index["moments_shape"])  # fmt: skip

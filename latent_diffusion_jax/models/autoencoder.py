@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from latent_diffusion_jax.models.attention import PixelAttention
-from latent_diffusion_jax.models.layers import GroupNorm, conv, upsample_nearest
+from latent_diffusion_jax.models.layers import GroupNorm, UpsampleConv, conv
 from latent_diffusion_jax.models.quantizer import (
     FiniteScalarQuantizer,
     Quantized,
@@ -184,7 +184,7 @@ class Decoder(nn.Module):
                 if level in self.attention_levels:
                     h = attention(self.num_groups, self.dtype, name=f"up_{level}_attn_{i}")(h)
             if level != 0:
-                h = conv(width, 3, self.dtype, f"up_{level}_upsample")(upsample_nearest(h))
+                h = UpsampleConv(width, self.dtype, name=f"up_{level}_upsample")(h)
         h = nn.silu(GroupNorm(self.num_groups, epsilon=1e-6, name="norm_out")(h))
         return conv(self.out_channels, 3, self.dtype, "conv_out")(h)
 

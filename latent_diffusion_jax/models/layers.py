@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-
 NORM_STATISTICS = "norm_statistics"  # a collection of variables
 
 

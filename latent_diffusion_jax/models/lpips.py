@@ -41,12 +41,18 @@ class LPIPS(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        features = VGG16(self.dtype, name="vgg")((jnp.concatenate([x, y]) - SHIFT) / SCALE)
+        vgg = VGG16(self.dtype, name="vgg")
+        # One after the other: where `x` is constant, nothing is kept of it for the gradient.
+        features = [vgg((images - SHIFT) / SCALE) for images in (x, y)]
         distance = jnp.zeros(x.shape[0])
-        for i, feature in enumerate(features):
-            feature = feature.astype(jnp.float32)
-            norm = jnp.sqrt(jnp.sum(jnp.square(feature), axis=-1, keepdims=True))
-            a, b = jnp.split(feature / (norm + 1e-10), 2)
-            weights = self.param(f"channel_weights_{i}", nn.initializers.ones, feature.shape[-1:])
+        for i, pair in enumerate(zip(*features, strict=True)):
+            a, b = (_unit_length(feature.astype(jnp.float32)) for feature in pair)
+            weights = self.param(f"channel_weights_{i}", nn.initializers.ones, a.shape[-1:])
             distance += jnp.mean(jnp.sum(jnp.square(a - b) * weights, axis=-1), axis=(1, 2))
         return distance
+
+
+def _unit_length(feature: jax.Array) -> jax.Array:
+    """Each pixel's vector [..., C] divided by its length."""
+    norm = jnp.sqrt(jnp.sum(jnp.square(feature), axis=-1, keepdims=True))
+    return feature / (norm + 1e-10)

@@ -6,8 +6,8 @@ middle half as a raised cosine, so that what differs between tiles changes smoot
 network reaches no further than `o / 4` pixels, the result is that of the whole image.
 
 An autoencoder does reach further: its group normalisation and its attention look at the whole of
-what they are given, so tiles differ in tone. `shared_statistics` is for that: all tiles are normalised
-by the statistics of all. What is left is the attention, which sees one tile at a time.
+what they are given, so tiles differ in tone. `shared_statistics` is for that: each tile is then
+normalised by the statistics of all. What is left is the attention, which sees one tile at a time.
 """
 
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def tiled_decode(
     Raises:
       UserError: for a tile or an overlap that does not fit the factor or each other.
     """
-    _check_tiles(factor, tile, overlap)
+    check_tiles(factor, tile, overlap)
     return _blend(decode, z, tile // factor, overlap // factor, units=(1, factor))
 
 
@@ -100,7 +100,7 @@ def tiled_encode(
     Raises:
       UserError: as `tiled_decode`, and for images that are no multiple of `factor`.
     """
-    _check_tiles(factor, tile, overlap)
+    check_tiles(factor, tile, overlap)
     height, width = x.shape[1:3]
     if height % factor or width % factor:
         raise UserError(
@@ -121,9 +121,9 @@ def shared_statistics(
 ) -> Any:
     """Statistics of normalisation over all tiles, for each of them to use in place of its own.
 
-    A first pass over the tiles averages what each has. Statistics deeper in the network depend on
-    those before, so that more rounds come closer to the whole image's; one is most of it. A round
-    takes as long as the decoding itself.
+    A first pass over the tiles averages what each has, by its share of the image. Statistics deeper
+    in the network depend on those before: each further round uses the last one's, and comes closer
+    to the whole image's, though not in a straight line. A round takes as long as the decoding.
 
     With an autoencoder,
 
@@ -148,29 +148,32 @@ def shared_statistics(
     Raises:
       UserError: as `tiled_decode`.
     """
-    _check_tiles(factor, tile, overlap)
-    size = (x.shape[1], x.shape[2])
-    rows, columns, shape = _tile_grid(size, tile // factor, overlap // factor)
+    check_tiles(factor, tile, overlap)
+    size, overlap = (x.shape[1], x.shape[2]), overlap // factor
+    rows, columns, shape = _tile_grid(size, tile // factor, overlap)
     if shape == size:
         return {}
+    row_shares, column_shares = (
+        tile_weights(n, t, overlap, starts).sum(axis=1) / n
+        for n, t, starts in zip(size, shape, (rows, columns), strict=True)
+    )
     starts = jnp.asarray(_all_pairs(rows, columns))
-    statistics: Any = {}
-    for _ in range(rounds):
-        statistics = _mean(
-            lambda start, given=statistics: function(_cut(x, start, shape), given)[1], starts
+    shares = jnp.asarray(np.outer(row_shares, column_shares).ravel())  # of the image, by tile
+
+    def one_round(given: Any) -> Any:
+        def of_tile(i: jax.Array) -> Any:
+            found = function(_cut(x, starts[i], shape), given)[1]
+            return jax.tree.map(lambda leaf: shares[i] * leaf, found)
+
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of_tile, 0))
+        return jax.lax.fori_loop(
+            0, len(starts), lambda i, total: jax.tree.map(jnp.add, total, of_tile(i)), zeros
         )
+
+    statistics = one_round({})
+    if rounds > 1:  # compiled once, however many
+        statistics = jax.lax.fori_loop(1, rounds, lambda _, given: one_round(given), statistics)
     return statistics
-
-
-def _mean(function: Callable[[jax.Array], Any], values: jax.Array) -> Any:
-    """Mean of a function over the rows of `values`, one after the other, leaf by leaf."""
-
-    def add(i: jax.Array, total: Any) -> Any:
-        return jax.tree.map(lambda a, b: a + b / len(values), total, function(values[i]))
-
-    shapes = jax.eval_shape(function, values[0])
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.fori_loop(0, len(values), add, zeros)
 
 
 def _blend(
@@ -242,7 +245,8 @@ def _cut(x: jax.Array, start: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.lax.dynamic_slice(x, (0, row, column, 0), (x.shape[0], *shape, x.shape[3]))
 
 
-def _check_tiles(factor: int, tile: int, overlap: int) -> None:
+def check_tiles(factor: int, tile: int, overlap: int) -> None:
+    """Raises UserError for a tile or an overlap that does not fit the factor or each other."""
     for name, value in (("tile", tile), ("overlap", overlap)):
         if value < 0 or value % factor:
             raise UserError(

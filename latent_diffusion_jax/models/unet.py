@@ -11,9 +11,9 @@ from latent_diffusion_jax.models.attention import SpatialTransformer
 from latent_diffusion_jax.models.layers import (
     Dense,
     GroupNorm,
+    UpsampleConv,
     conv,
     timestep_embedding,
-    upsample_nearest,
 )
 
 
@@ -116,7 +116,7 @@ class UNet(nn.Module):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = block(h, width, level in self.attention_levels, f"up_{level}_{i}")
             if level != 0:
-                h = conv(width, 3, self.dtype, f"up_{level}_upsample")(upsample_nearest(h))
+                h = UpsampleConv(width, self.dtype, name=f"up_{level}_upsample")(h)
 
         h = nn.silu(GroupNorm(self.num_groups, name="norm_out")(h))
         return conv(self.out_channels, 3, self.dtype, "conv_out", zero_init=True)(h).astype(

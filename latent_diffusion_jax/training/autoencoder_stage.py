@@ -1,5 +1,6 @@
 """The first stage: an autoencoder against a patch discriminator, updated in one step."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -256,6 +257,6 @@ def start_from(state: State, params: Any) -> State:
         codes, shares = params["quantizer"]["codebook"], averages["codebook"]["shares"]
         sums = codes * shares[:, None]
         averages = averages | {"codebook": {"shares": shares, "sums": sums}}
-    return state.replace(
-        params=state.params | {"autoencoder": params}, ema=average, averages=averages
+    return dataclasses.replace(
+        state, params=state.params | {"autoencoder": params}, ema=average, averages=averages
     )

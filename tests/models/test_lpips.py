@@ -1,16 +1,80 @@
-"""LPIPS as a distance; its parity with the published formula is in tests/weights/test_lpips.py."""
+"""LPIPS against the `lpips` package with random weights, and as a distance."""
+
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from latent_diffusion_jax.models import lpips
 from latent_diffusion_jax.models.lpips import LPIPS, VGG16
+from latent_diffusion_jax.weights import lpips as lpips_weights
+from tests.torch_networks import nchw, nhwc
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def vgg_features() -> nn.Sequential:
+    """`features` of torchvision's VGG16."""
+    layers, channels = [], 3
+    for block in lpips.VGG_BLOCKS:
+        for width in block:
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+            channels = width
+        layers.append(nn.MaxPool2d(2, 2))
+    return nn.Sequential(*layers)
+
+
+@pytest.fixture(scope="module")
+def package():
+    """The `lpips` package; of torchvision, which it imports, it needs the layers of a VGG16."""
+    with pytest.MonkeyPatch.context() as patch:
+        torchvision = types.ModuleType("torchvision")
+        torchvision.models = types.ModuleType("torchvision.models")
+        torchvision.models.vgg16 = lambda pretrained: types.SimpleNamespace(features=vgg_features())
+        patch.setitem(sys.modules, "torchvision", torchvision)
+        patch.setitem(sys.modules, "torchvision.models", torchvision.models)
+        import lpips as package
+
+        yield package
+
+
+def test_values_and_gradients_equal_the_package(package, tmp_path):
+    torch.manual_seed(0)
+    reference = package.LPIPS(pretrained=False, net="vgg", pnet_rand=True, verbose=False)
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if name.startswith("lin"):
+                parameter.uniform_(0, 1)  # learned weights are not negative
+            elif parameter.ndim > 1:
+                nn.init.kaiming_normal_(parameter)
+            else:
+                parameter.uniform_(-0.2, 0.2)
+    torch.save(reference.state_dict(), tmp_path / "lpips.pth")
+    params = lpips_weights.load(tmp_path / "lpips.pth")
+    reference.double()
+
+    x, y = np.random.default_rng(2).uniform(-1, 1, (2, 2, 32, 16, 3)).astype(np.float32)
+    y[1] = x[1] + 0.05 * y[1]
+    torch_x, torch_y = nchw(x).requires_grad_(), nchw(y).requires_grad_()
+    expected = reference(torch_x, torch_y)
+    expected.sum().backward()
+
+    def total(x, y, params):
+        distance = LPIPS().apply({"params": params}, x, y)
+        return distance.sum(), distance
+
+    gradients, distance = jax.jit(jax.grad(total, (0, 1), has_aux=True))(x, y, params)
+    np.testing.assert_allclose(distance, expected.detach().numpy()[:, 0, 0, 0], rtol=1e-5)
+    for ours, theirs in zip(gradients, (torch_x, torch_y), strict=True):
+        for a, b in zip(ours, nhwc(theirs.grad), strict=True):  # each pair has its own scale
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
 
 
 X, Y = normal(0, 3, 16, 32, 3), normal(1, 3, 16, 32, 3)

@@ -181,8 +181,8 @@ def test_tiles_with_shared_statistics_have_one_tone():
         float(jnp.abs(jax.jit(tiled, static_argnums=1)(z, rounds) - whole).mean())
         for rounds in (0, 1, 4)
     ]
-    assert errors[1] < 0.3 * errors[0]
-    assert errors[2] < 0.1 * errors[0]
+    assert errors[1] < 0.65 * errors[0]
+    assert errors[2] < 0.25 * errors[0]
 
 
 def temporaries(function, *shapes: tuple[int, ...]) -> int:

@@ -1,4 +1,7 @@
-"""The first stage's step: one pass for both networks equals the losses written out plainly."""
+"""What the first stage's step does over several steps, and what it leaves alone.
+
+That one step is right is in test_first_stage_step.py.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,133 +9,249 @@ import numpy as np
 import optax
 import pytest
 
-from latent_diffusion_jax.models.autoencoder import AutoencoderKL
-from latent_diffusion_jax.models.discriminator import PatchDiscriminator
+from latent_diffusion_jax.runtime.trees import flatten_names
 from latent_diffusion_jax.training import autoencoder_stage
-from latent_diffusion_jax.training.state import sample_keys, to_float
-
-AUTOENCODER = AutoencoderKL(
-    channels=4, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=2, mid_attention=False
+from latent_diffusion_jax.training.codebook import CodebookAverage
+from latent_diffusion_jax.training.state import to_float
+from tests.first_stages import (
+    ACTIVATION,
+    DISCRIMINATOR,
+    KEY,
+    KL,
+    SIZE,
+    VQ,
+    draw_batch,
+    make_stage,
+    random_state,
+    same,
+    sgd,
 )
-DISCRIMINATOR = PatchDiscriminator(channels=4, num_layers=2)
-KEY = jax.random.key(3)
+
+NO_GAN = dict(disc_weight=0.0)
 
 
-def make_stage(disc_start=0, optimizer=None, perceptual=None):
-    optimizers = dict.fromkeys(("autoencoder", "discriminator"), optimizer or optax.sgd(1.0))
-    return autoencoder_stage.make_stage(
-        AUTOENCODER,
-        DISCRIMINATOR,
-        optimizers,
-        (16, 16, 3),
-        kl_weight=0.01,
-        perceptual=perceptual,
-        perceptual_weight=0.5,
-        disc_start=disc_start,
-        disc_weight=0.7,
+def perceptual_mean(params, x, y):
+    return params * jnp.mean(jnp.square(x - y), axis=(1, 2, 3))
+
+
+def test_the_adversarial_term_waits_for_its_start():
+    stage = make_stage(
+        discriminator=ACTIVATION, optimizer=optax.adam(1e-3), disc_start=2, lecam_weight=0.1
+    )
+    first = state = random_state(stage, KL, ACTIVATION)
+    step, batch = jax.jit(stage.train_step), draw_batch(2)
+
+    def adversarial(state):
+        return state.params["discriminator"], state.opt["discriminator"], state.averages
+
+    for _ in range(2):
+        old, (state, metrics) = state, step(state, batch, KEY)
+        assert metrics["d_weight"] == 0 and metrics["d_loss"] == 0 and metrics["lecam"] == 0
+        expected = metrics["rec_loss"] + 0.01 * metrics["kl"]
+        np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
+        assert same(adversarial(state), adversarial(first))
+        assert not same(state.params["autoencoder"], old.params["autoencoder"])
+    # Now it starts from the data: far from what was drawn, and not again at the step after.
+    for expected_change in (1.0, 0.0):
+        old, (state, metrics) = state, step(state, batch, KEY)
+        assert metrics["d_weight"] > 0 and metrics["d_loss"] > 0
+        before, after = (s.params["discriminator"] for s in (old, state))
+        moved = np.abs(after["norm_1"]["shift"] - before["norm_1"]["shift"]).max()
+        assert (moved > 0.05) == bool(expected_change) and moved > 0
+        assert not same(after["conv_1"], before["conv_1"])
+        assert not same(state.averages, old.averages)
+
+
+@pytest.mark.parametrize("network", [KL, VQ], ids=["kl", "vq"])
+def test_finetuning_the_decoder_leaves_the_latents_alone(network):
+    """Bit for bit; what stays has no moments, and the regularising term does not count."""
+    results = []
+    for weight in (0.0, 100.0):
+        # The weight decay moves all that is trained, whatever its gradient.
+        stage = make_stage(
+            network,
+            optimizer=optax.adamw(1e-3, weight_decay=0.1),
+            fields=dict(trained="decoder", ema_decay=0.9),
+            kl_weight=weight,
+            **(NO_GAN if network is KL else dict(update_order="generator_first")),
+        )
+        state = random_state(stage, network, DISCRIMINATOR)
+        new, metrics = jax.jit(stage.train_step)(state, draw_batch(2), KEY)
+        results.append((new, metrics))
+        if network is VQ:
+            break  # its terms do not reach the decoder anyway
+    for part in ("encoder", "quant_conv", "quantizer"):
+        if part in state.params["autoencoder"]:
+            old = state.params["autoencoder"][part]
+            assert same(new.params["autoencoder"][part], old), part
+            assert same(new.ema["autoencoder"][part], old), part
+    for part in ("decoder", "post_quant_conv"):
+        old, current = state.params["autoencoder"][part], new.params["autoencoder"][part]
+        changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), old, current)
+        assert jax.tree.all(changed), part
+        assert not same(new.ema["autoencoder"][part], old), part
+    moments = [name for name in flatten_names(new.opt["autoencoder"]) if "/autoencoder/" in name]
+    assert moments
+    assert all("/decoder/" in name or "/post_quant_conv/" in name for name in moments)
+    if network is KL:
+        (without, figures), (with_kl, others) = results
+        assert same(without.params["autoencoder"], with_kl.params["autoencoder"])
+        np.testing.assert_array_equal(figures["grad_norm"], others["grad_norm"])
+        assert others["kl"] > 0
+
+
+def test_without_adversarial_weight_there_is_no_discriminator():
+    stage = make_stage(VQ, **NO_GAN)
+    shapes = jax.eval_shape(stage.init, KEY)
+    assert set(shapes.params) == set(shapes.opt) == {"autoencoder"} and shapes.averages is None
+    new, metrics = jax.eval_shape(stage.train_step, shapes, draw_batch(2), KEY)
+    assert jax.tree.structure(new) == jax.tree.structure(shapes)
+    expected = {"loss", "rec_loss", "l1", "quantization", "grad_norm"}
+    assert set(metrics) == expected | {"codebook_usage", "perplexity"}
+
+
+def run_accumulated(network, accumulation, **changes):
+    """A step of everything that does not depend on the statistics of a micro-batch."""
+    average = CodebookAverage(0.5, 0.0) if network is VQ else None
+    stage = make_stage(
+        network,
+        ACTIVATION,
+        fields=dict(
+            accumulation=accumulation, codebook_average=average, perceptual=perceptual_mean
+        ),
+        adaptive_weight=False,
+        **changes,
+    )
+    state = random_state(stage, network, ACTIVATION).replace(frozen=jnp.float32(2.0))
+    new, metrics = jax.jit(stage.train_step)(state, draw_batch(4), KEY)
+    return new, metrics, state
+
+
+def check_same_step(ours, expected) -> None:
+    new, metrics, state = expected
+    assert set(ours[1]) == set(metrics)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(ours[1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert jax.tree.structure(ours[0]) == jax.tree.structure(new)
+    for name in new.opt:
+        largest = max(np.abs(g).max() for g in jax.tree.leaves(new.opt[name]))
+        jax.tree.map(
+            lambda a, b, largest=largest: np.testing.assert_allclose(a, b, 1e-4, 1e-5 * largest),
+            ours[0].opt[name],
+            new.opt[name],
+        )
+        assert not same(new.params[name], state.params[name])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6),
+        (ours[0].params, ours[0].averages),
+        (new.params, new.averages),
     )
 
 
-@pytest.fixture
-def batch():
-    rng = np.random.default_rng(0)
-    return {"image": rng.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)}
+OPTIONS = {
+    "vq": (VQ, dict(update_order="generator_first", lecam_weight=0.1)),
+    "kl": (KL, dict(r1_weight=0.1, learn_logvar=True)),
+}
 
 
-def perceptual_toy(params, x, y):
-    return params * jnp.mean(jnp.square(x.mean(-1) - y.mean(-1)), axis=(1, 2))
+@pytest.mark.parametrize("kind", sorted(OPTIONS))
+def test_micro_batches_make_the_step_of_the_whole_batch(kind, monkeypatch):
+    network, changes = OPTIONS[kind]
+    whole = run_accumulated(network, 1, **changes)
+    check_same_step(run_accumulated(network, 2, **changes), whole)
+    if kind == "vq":  # as it runs on other devices: in a loop, with branches
+        monkeypatch.setattr(
+            jax.lax, "platform_dependent", lambda *args, default, **others: default(*args)
+        )
+        check_same_step(run_accumulated(network, 2, **changes), whole)
 
 
-def test_both_updates_are_the_gradients_of_the_losses_written_out(batch):
-    stage = make_stage(perceptual=perceptual_toy)
-    state = jax.jit(stage.init)(jax.random.key(0)).replace(frozen=jnp.float32(2.0))
+def test_a_codebook_of_moving_averages_is_not_the_optimizers():
+    """Whose weight decay would shrink it; its neighbours do feel it."""
+    average = CodebookAverage(0.6, 0.0)
+    fields = dict(codebook_average=average, ema_decay=0.9)
+    optimizer = optax.adamw(1e-3, weight_decay=100.0)
+    stage = make_stage(VQ, optimizer=optimizer, fields=fields, **NO_GAN)
+    state = random_state(stage, VQ, DISCRIMINATOR)
+    codebook = np.asarray(state.params["autoencoder"]["quantizer"]["codebook"])
+    batch = draw_batch(3)
     new, metrics = jax.jit(stage.train_step)(state, batch, KEY)
 
-    images = to_float(batch["image"])
-    keys = sample_keys(KEY, jnp.zeros((), jnp.int32), 4)
-    noise = jnp.stack([jax.random.normal(key, (8, 8, 3)) for key in keys])
-    disc_params = state.params["discriminator"]
+    variables = {"params": state.params["autoencoder"]}
+    z = jax.jit(lambda x: VQ.apply(variables, x, method="encode").mean)(to_float(batch["image"]))
+    z = np.asarray(z, np.float64).reshape(-1, 3)
+    chosen = np.square(z[:, None] - codebook).sum(-1).argmin(-1)
+    counts = np.bincount(chosen, minlength=20) / len(z)
+    shares = 0.6 / 20 + 0.4 * counts
+    sums = 0.6 * codebook / 20 + 0.4 * np.stack([z[chosen == i].sum(0) for i in range(20)]) / len(z)
+    expected = sums / shares[:, None]
+    found = new.params["autoencoder"]["quantizer"]["codebook"]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(new.averages["codebook"]["shares"], shares, rtol=1e-5)
+    of_ema = new.ema["autoencoder"]["quantizer"]["codebook"]
+    np.testing.assert_allclose(of_ema, 0.1 * codebook + 0.9 * expected, rtol=0, atol=1e-5)
+    kernel = lambda s: np.abs(s.params["autoencoder"]["decoder"]["conv_in"]["kernel"]).mean()  # noqa: E731
+    assert kernel(new) < 0.95 * kernel(state)
+    # The reported term is the commitment alone, weighed as the convention says.
+    distance = np.square(z - codebook[chosen]).mean()
+    np.testing.assert_allclose(metrics["quantization"], distance, rtol=1e-4)
+    np.testing.assert_allclose(metrics["codebook_usage"], (counts > 0).mean(), rtol=1e-6)
+    entropy = -np.sum(counts[counts > 0] * np.log(counts[counts > 0]))
+    np.testing.assert_allclose(metrics["perplexity"], np.exp(entropy), rtol=1e-5)
 
-    def logits(params, x):
-        return DISCRIMINATOR.apply({"params": params}, x)
 
-    def forward(params):
-        return AUTOENCODER.apply({"params": params}, images, noise)
-
-    def nll(params):
-        fake = forward(params)[0]
-        distance = 0.5 * perceptual_toy(2.0, images, fake)
-        return (jnp.abs(images - fake) + distance[:, None, None, None]).sum() / 4
-
-    def adversarial(params):
-        return -logits(disc_params, forward(params)[0]).mean()
-
-    def last(grads):
-        return jnp.linalg.norm(grads["decoder"]["conv_out"]["kernel"])
-
-    params = state.params["autoencoder"]
-    nll_grads, g_grads = jax.jit(jax.grad(nll))(params), jax.jit(jax.grad(adversarial))(params)
-    weight = 0.7 * jnp.clip(last(nll_grads) / (last(g_grads) + 1e-4), 0, 1e4)
-    kl_grads = jax.jit(jax.grad(lambda p: 0.01 * forward(p)[1].kl().mean()))(params)
-    total = jax.tree.map(lambda a, b, c: a + weight * b + c, nll_grads, g_grads, kl_grads)
-    expected = jax.tree.map(jnp.subtract, params, total)  # sgd(1.0)
-    scale = optax.tree.norm(total)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * scale),
+def test_the_average_follows_its_decay_and_is_what_is_evaluated():
+    fields = dict(ema_decay=0.9, perceptual=perceptual_mean)
+    stage = make_stage(optimizer=sgd(1e-2), fields=fields, **NO_GAN)
+    state = jax.jit(stage.init)(KEY).replace(frozen=jnp.float32(2.0))
+    assert same(state.ema, {"autoencoder": state.params["autoencoder"]})
+    batch = draw_batch(2)
+    new, _ = jax.jit(stage.train_step)(state, batch, KEY)
+    jax.tree.map(  # decay (1 + 0) / (10 + 0) at the first update
+        lambda ema, old, new: np.testing.assert_allclose(ema, 0.1 * old + 0.9 * new, atol=1e-6),
+        new.ema["autoencoder"],
+        state.params["autoencoder"],
         new.params["autoencoder"],
-        expected,
     )
-    np.testing.assert_allclose(metrics["d_weight"], weight, rtol=1e-4)
-    np.testing.assert_allclose(metrics["rec_loss"], nll(params), rtol=1e-5)
-
-    def d_loss(params):
-        real, fake = logits(params, images), logits(params, forward(state.params["autoencoder"])[0])
-        return 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
-
-    d_grads = jax.jit(jax.grad(d_loss))(disc_params)
-    jax.tree.map(
-        lambda new, old, grad: np.testing.assert_allclose(new, old - grad, atol=1e-5),
-        new.params["discriminator"],
-        disc_params,
-        d_grads,
+    images = np.asarray(to_float(batch["image"]), np.float64)
+    decoded = jax.jit(KL.apply)({"params": new.ema["autoencoder"]}, to_float(batch["image"]))
+    decoded = np.clip(np.asarray(decoded, np.float64), -1.0, 1.0)
+    figures, preview = jax.jit(lambda *args: (stage.eval_step(*args), stage.preview(*args)))(
+        new, batch, KEY
     )
-
-
-def test_the_adversarial_term_waits_for_its_start(batch):
-    stage = make_stage(disc_start=2, optimizer=optax.adam(1e-3))
-    state = jax.jit(stage.init)(jax.random.key(0))
-    first, step = state, jax.jit(stage.train_step)
-    for n in range(2):
-        state, metrics = step(state, batch, KEY)
-        assert metrics["d_weight"] == 0 and metrics["d_loss"] == 0, n
-    same = jax.tree.map(
-        lambda a, b: bool((a == b).all()),
-        (first.params["discriminator"], first.opt["discriminator"]),
-        (state.params["discriminator"], state.opt["discriminator"]),
-    )
-    assert jax.tree.all(same)
-    state, metrics = step(state, batch, KEY)
-    assert metrics["d_weight"] > 0 and metrics["d_loss"] > 0
-    assert not jax.tree.all(
-        jax.tree.map(
-            lambda a, b: bool((a == b).all()),
-            first.params["discriminator"],
-            state.params["discriminator"],
-        )
-    )
+    assert set(figures) == {"l1", "psnr", "lpips"}
+    mse = np.square((decoded - images) / 2).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(figures["psnr"], -10 * np.log10(mse), rtol=1e-5)
+    np.testing.assert_allclose(figures["l1"], np.abs(decoded - images).mean((1, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(figures["lpips"], 8 * mse, rtol=1e-4)
+    assert preview.shape == (4, SIZE, SIZE, 3)
+    np.testing.assert_allclose(preview[0::2], images, atol=1e-6)
+    np.testing.assert_allclose(preview[1::2], decoded, atol=1e-4)
 
 
 def test_it_learns_to_reconstruct_a_batch():
-    images = np.zeros((4, 16, 16, 3), np.uint8)
+    images = np.zeros((4, SIZE, SIZE, 3), np.uint8)
     for image, level in zip(images, (250, 200, 150, 100), strict=True):
         image[4:12, 4:12] = level
     batch = {"image": images}
-    stage = make_stage(disc_start=1000, optimizer=optax.adam(5e-3))
+    stage = make_stage(optimizer=optax.adam(5e-3), **NO_GAN)
     state, step = jax.jit(stage.init)(jax.random.key(0)), jax.jit(stage.train_step)
-    before = float(stage.eval_step(state, batch, KEY)["psnr"].mean())
+    evaluate = jax.jit(stage.eval_step)
+    before = float(evaluate(state, batch, KEY)["psnr"].mean())
     for _ in range(150):
         state, _ = step(state, batch, KEY)
-    assert float(stage.eval_step(state, batch, KEY)["psnr"].mean()) > before + 12
-    preview = stage.preview(state, batch, KEY)
-    assert preview.shape == (8, 16, 16, 3)
-    np.testing.assert_array_equal(preview[0::2], to_float(images))
+    assert float(evaluate(state, batch, KEY)["psnr"].mean()) > before + 12
+
+
+def test_a_state_starts_from_anothers_parameters_with_all_that_follows_them():
+    average = CodebookAverage(0.9, 0.0)
+    fields = dict(codebook_average=average, ema_decay=0.9)
+    stage = make_stage(VQ, fields=fields, logvar=-0.25, learn_logvar=True, **NO_GAN)
+    state = jax.jit(stage.init)(KEY)
+    assert state.params["logvar"] == -0.25 and state.step == 0
+    other = jax.tree.map(lambda x: x + 1.0, state.params["autoencoder"])
+    new = autoencoder_stage.start_from(state, other)
+    assert same(new.params["autoencoder"], other) and same(new.ema["autoencoder"], other)
+    codebook = other["quantizer"]["codebook"]
+    assert same(new.averages["codebook"], average.init(codebook))
+    assert same((new.opt, new.step), (state.opt, state.step))

@@ -36,8 +36,9 @@ from tests.torch_networks import (
 
 LEARNING_RATE = 1e-3
 AVERAGES = {"real": 0.3, "fake": -0.2}
+OF_GRADIENTS = ("d_weight", "grad_norm", "r1", "loss")  # the loss by its adaptive weight
 
-# The references' KL and VQ autoencoders first.
+# The references' KL and VQ autoencoders, and all that departs from them.
 CASES = {
     "kl": (KL, DISCRIMINATOR, dict(update_order="generator_first")),
     "vq": (VQ, DISCRIMINATOR, dict(update_order="generator_first", reduction="mean")),
@@ -53,7 +54,6 @@ CASES = {
             discriminator_loss="vanilla",
             r1_weight=0.3,
             lecam_weight=0.2,
-            update_order="generator_first",
         ),
     ),
     "vq_together": (
@@ -62,7 +62,6 @@ CASES = {
         dict(beta=0.4, beta_on_codebook=False, codebook_weight=2.0, adaptive_weight=False,
              r1_weight=0.1, lecam_weight=0.2),
     ),
-    "kl_together": (KL, DISCRIMINATOR, {}),
 }  # fmt: skip
 
 
@@ -153,7 +152,7 @@ def check_moved(ours, theirs: dict[str, torch.Tensor], old) -> None:
     for name, value in ours.items():
         expected = theirs[name].detach().numpy()
         moved = np.abs(expected - old[name].numpy()).max()
-        atol = 1e-4 * moved + 2e-7 * np.abs(expected).max()
+        atol = 1e-4 * moved + 1e-6 * np.abs(expected).max()
         np.testing.assert_allclose(value.numpy(), expected, rtol=0, atol=atol, err_msg=name)
 
 
@@ -163,7 +162,8 @@ def test_a_step_equals_that_of_torch(case):
     losses = dataclasses.replace(LOSSES, **changes)
     stage = make_stage(network, discriminator, fields={"perceptual": perceptual_toy}, **changes)
     batch = draw_batch(3)
-    state = random_state(stage, network, discriminator).replace(frozen=jnp.float32(2.0))
+    state = random_state(stage, network, discriminator, losses.logvar)
+    state = state.replace(frozen=jnp.float32(2.0))
     if losses.lecam_weight:
         averages = {name: jnp.float32(value) for name, value in AVERAGES.items()}
         state = state.replace(averages={"logits": averages})
@@ -187,7 +187,8 @@ def test_a_step_equals_that_of_torch(case):
     figures |= step_discriminator(their_discriminator, images, fake, losses)
 
     for name, value in figures.items():
-        np.testing.assert_allclose(metrics[name], value.item(), rtol=1e-4, err_msg=name)
+        tolerance = 1e-4 if name in OF_GRADIENTS else 1e-5
+        np.testing.assert_allclose(metrics[name], value.item(), tolerance, 1e-6, err_msg=name)
     extra = {"codebook_usage", "perplexity"} if network is VQ else set()
     extra |= {"logvar"} if losses.learn_logvar else set()
     assert set(metrics) == set(figures) | extra

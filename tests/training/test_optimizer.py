@@ -1,4 +1,5 @@
-"""The learning-rate schedule's shape, and AdamW with clipping against PyTorch."""
+"""The learning-rate schedule's shape, and AdamW with clipping against PyTorch,
+and training a part of the parameters."""
 
 import jax
 import numpy as np
@@ -6,7 +7,11 @@ import optax
 import pytest
 import torch
 
-from latent_diffusion_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from latent_diffusion_jax.training.optimizer import (
+    learning_rate_schedule,
+    make_optimizer,
+    train_only,
+)
 
 PEAK, WARMUP, STEPS, FINAL = 3e-4, 10, 110, 0.1
 
@@ -138,3 +143,28 @@ def test_clipping_changes_large_gradients_and_keeps_small_ones():
     tight = run_ours(gradients, start, clip_norm=1.0, **fields)
     np.testing.assert_array_equal(loose["kernel"], free["kernel"])
     assert np.abs(tight["kernel"] - free["kernel"]).max() > 1e-3
+
+
+def test_training_a_part_leaves_the_others_alone_and_out_of_the_norm():
+    """As if the part were all there is: moments, clipping, decay."""
+    start, gradients = draws(5)
+    fields = dict(num_steps=5, learning_rate=0.01, warmup_steps=0, final_fraction=1.0,
+                  betas=(0.9, 0.999), weight_decay=0.1, clip_norm=1.0)  # fmt: skip
+    expected = run_ours(gradients, start, **fields)
+
+    optimizer = train_only(make_optimizer(**fields), ("net/decoder/", "net/last/"))
+    part = {name: np.asarray(value, np.float32) for name, value in start.items()}
+    params = {"net": {"decoder": part, "encoder": part, "decoder_2": part}}
+    state = optimizer.init(params)
+    moments = [leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert sorted(moments) == [(3, 4), (3, 4), (4,), (4,)]
+    step = jax.jit(optimizer.update)
+    for gradient in gradients:
+        large = {name: 1e3 * value for name, value in gradient.items()}
+        grads = {"net": {"decoder": gradient, "encoder": large, "decoder_2": large}}
+        updates, state = step(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    for name, value in expected.items():
+        np.testing.assert_allclose(params["net"]["decoder"][name], value, rtol=1e-6)
+        for other in ("encoder", "decoder_2"):
+            np.testing.assert_array_equal(params["net"][other][name], part[name])

@@ -1,5 +1,7 @@
 """The same step on one device and on eight, split in every way: same losses, same parameters."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -7,14 +9,19 @@ import pytest
 
 from latent_diffusion_jax import build
 from latent_diffusion_jax.conditioning import tokenizers as captions
+from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.models.discriminator import PatchDiscriminator
 from latent_diffusion_jax.runtime import sharding
 from latent_diffusion_jax.training import autoencoder_stage
+from latent_diffusion_jax.training.codebook import CodebookAverage
+from tests.first_stages import LOSSES, TINY
 
 MESHES = [
     {"data": 8, "fsdp": 1, "tensor": 1},
     {"data": 2, "fsdp": 2, "tensor": 2},
 ]
+WIDE = TINY | dict(channels=32, num_groups=4)
+KL = AutoencoderKL(**WIDE)
 
 
 def wide(config):
@@ -39,7 +46,7 @@ def run_steps(stage, frozen, batch, mesh, steps=3):
     for _ in range(steps):
         state, metrics = step(state, sharding.put_batch(batch, mesh), key)
         losses.append(float(metrics["loss"]))
-    return losses, jax.device_get(state.params), state
+    return losses, jax.device_get((state.params, state.averages)), state
 
 
 def check_equal(stage, frozen, batch, sizes, split_axis):
@@ -60,9 +67,7 @@ def test_diffusion_step(smoke_config, sizes):
     stage = build.second_stage(config, tokenizer)
     network = build.autoencoder(config)
     rng = np.random.default_rng(0)
-    params = network.init(
-        jax.random.key(1), np.zeros((1, 32, 32, 3), np.float32), np.zeros((1, 8, 8, 3), np.float32)
-    )["params"]
+    params = network.init(jax.random.key(1), np.zeros((1, 32, 32, 3), np.float32))["params"]
     frozen = {"autoencoder": params, "scale_factor": np.float32(0.8)}
     batch = {
         "image": rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8),
@@ -72,22 +77,32 @@ def test_diffusion_step(smoke_config, sizes):
     check_equal(stage, frozen, batch, sizes, axis)
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_first_stage_step(smoke_config, sizes):
+FIRST_STAGES = {
+    "together": (MESHES[0], KL, {}),
+    "generator_first": (MESHES[1], KL, dict(update_order="generator_first")),
+    "codebook_average": (
+        MESHES[1],
+        AutoencoderVQ(**WIDE, codebook_size=32),
+        dict(update_order="generator_first", reduction="mean", lecam_weight=0.1),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", sorted(FIRST_STAGES))
+def test_first_stage_step(case):
+    sizes, network, changes = FIRST_STAGES[case]
+    vq = isinstance(network, AutoencoderVQ)
     # Plain gradient descent: Adam's first steps turn the sign of a gradient that is zero but for
     # rounding into a full step.
     stage = autoencoder_stage.make_stage(
-        build.autoencoder(smoke_config),
+        network,
         PatchDiscriminator(channels=32, num_layers=2),
-        {"autoencoder": optax.sgd(1e-5), "discriminator": optax.sgd(1e-1)},
-        (32, 32, 3),
-        kl_weight=1e-6,
-        perceptual=None,
-        perceptual_weight=1.0,
-        disc_start=1,
-        disc_weight=0.5,
+        {"autoencoder": optax.sgd(1e-2 if vq else 1e-5), "discriminator": optax.sgd(1e-1)},
+        (16, 16, 3),
+        dataclasses.replace(LOSSES, kl_weight=1e-6, disc_start=1, disc_weight=0.5, **changes),
+        # Half of an even share: codes that the first batch does not use are revived at once.
+        codebook_average=CodebookAverage(0.4, 0.5) if vq else None,
     )
     rng = np.random.default_rng(0)
-    batch = {"image": rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)}
-    axis = "fsdp" if sizes["fsdp"] > 1 else None
-    check_equal(stage, None, batch, sizes, axis)
+    batch = {"image": rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)}
+    check_equal(stage, None, batch, sizes, "fsdp" if sizes["fsdp"] > 1 else None)

@@ -1,0 +1,95 @@
+"""Micro-batches and work that only some steps need, as CPUs and as other devices run them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_diffusion_jax.training.gradients import accumulate, run_if
+
+
+@pytest.fixture(params=["cpu", "default"])
+def platform(request, monkeypatch):
+    """Runs what CPUs run, and on CPUs what other devices run."""
+
+    def choose(*args, default=None, **branches):
+        return branches.get(request.param, default)(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+    return request.param
+
+
+def draw(rows: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "x": rng.normal(size=(rows, 3)).astype(np.float32),
+        "row": np.arange(rows, dtype=np.int32),
+    }
+
+
+def squares(part):
+    """A mean over the rows, and the rows."""
+    return {"mean": jnp.mean(jnp.square(part["x"])), "rows": jnp.mean(part["row"])}, part["row"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_the_mean_over_micro_batches_is_that_of_the_batch(platform, count):
+    batch = draw(6)
+    found, last = jax.jit(lambda batch: accumulate(squares, batch, count))(batch)
+    np.testing.assert_allclose(found["mean"], np.square(batch["x"]).mean(), rtol=1e-6)
+    np.testing.assert_allclose(found["rows"], 2.5, rtol=1e-6)
+    # Every count-th row from the last one's first on: each device's own rows.
+    np.testing.assert_array_equal(last, np.arange(6)[count - 1 :: count])
+
+
+def test_gradients_over_micro_batches_are_those_of_the_batch(platform):
+    batch, weights = draw(8), jnp.asarray([1.0, -2.0, 0.5])
+
+    def gradient(part):
+        loss = lambda w: jnp.mean(jnp.tanh(part["x"] @ w))  # noqa: E731
+        return jax.grad(loss)(weights), ()
+
+    whole, _ = gradient(batch)
+    parts, nothing = jax.jit(lambda batch: accumulate(gradient, batch, 4))(batch)
+    np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-7)
+    assert nothing == ()
+
+
+def test_keys_are_split_like_other_arrays(platform):
+    keys = jax.random.split(jax.random.key(0), 4)
+
+    def draw_noise(part):
+        return jnp.mean(jax.vmap(jax.random.normal)(part["key"])), part["key"]
+
+    found, last = jax.jit(lambda keys: accumulate(draw_noise, {"key": keys}, 2))(keys)
+    expected = np.mean([float(jax.random.normal(key)) for key in keys])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_array_equal(jax.random.key_data(last), jax.random.key_data(keys[1::2]))
+
+
+@pytest.mark.parametrize("condition", [False, True])
+def test_work_is_done_where_the_condition_holds(platform, condition):
+    otherwise = {"a": jnp.zeros(3), "b": jnp.ones((), jnp.int32)}
+
+    def work(x):
+        return {"a": 2.0 * x, "b": jnp.asarray(7, jnp.int32)}
+
+    run = jax.jit(lambda condition, x: run_if(condition, work, otherwise, x))
+    found = run(condition, jnp.arange(3.0))
+    np.testing.assert_array_equal(found["a"], [0.0, 2.0, 4.0] if condition else np.zeros(3))
+    assert int(found["b"]) == (7 if condition else 1) and found["b"].dtype == jnp.int32
+
+
+def test_numbers_that_are_not_finite_do_not_leak_from_work_that_was_not_wanted(platform):
+    run = jax.jit(lambda x: run_if(x > 0.0, jnp.log, jnp.float32(3.0), x))
+    assert run(-1.0) == 3.0
+    np.testing.assert_allclose(run(2.0), np.log(2.0), rtol=1e-6)
+
+
+def test_other_devices_branch_and_loop_where_cpus_do_not(platform):
+    """What is compiled for them: a loop over micro-batches, a branch around the work."""
+    batch = draw(4)
+    looped = str(jax.make_jaxpr(lambda batch: accumulate(squares, batch, 2))(batch))
+    branched = str(jax.make_jaxpr(lambda x: run_if(x > 0.0, jnp.log, 0.0, x))(1.0))
+    assert ("scan[" in looped) == (platform == "default")
+    assert ("cond[" in branched) == (platform == "default")
