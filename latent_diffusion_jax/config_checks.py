@@ -228,10 +228,10 @@ def _check_first_stage(config: ConfigDict) -> None:
         )
     if first.kind == "vq":
         levels, averaged = tuple(network.levels), first.codebook.decay > 0
-        if levels and (len(levels) != network.embed_dim or min(levels) < 2):
+        if levels and (len(levels) != network.embed_dim or min(levels) < 3):
             raise UserError(
                 f"first_stage.autoencoder.levels={levels} must be "
-                f"first_stage.autoencoder.embed_dim={network.embed_dim} numbers, at least 2 each"
+                f"first_stage.autoencoder.embed_dim={network.embed_dim} numbers, at least 3 each"
             )
         if averaged and (levels or first.trained == "decoder"):
             raise UserError(

@@ -182,7 +182,7 @@ def test_wrong_values_are_named(key, value, said):
             {"first_stage.autoencoder.levels": (8, 8)},
             ["first_stage.autoencoder.levels=(8, 8)", "embed_dim=3"],
         ),
-        ({"first_stage.autoencoder.levels": (8, 1, 8)}, ["at least 2 each"]),
+        ({"first_stage.autoencoder.levels": (8, 2, 8)}, ["at least 3 each"]),
         (
             {"first_stage.codebook.decay": 0.9, "first_stage.autoencoder.levels": (8, 8, 8)},
             ["first_stage.codebook.decay=0.9", "no first_stage.autoencoder.levels"],

@@ -330,6 +330,7 @@ class AutoencoderVQ(_Autoencoder):
 
     def decode(self, z: jax.Array) -> jax.Array:
         """Latents [B, h, w, embed_dim] -> quantised -> images [B, h*f, w*f, C], float32."""
+        chex.assert_shape(z, (None, None, None, self.embed_dim))
         return self._decode(self.quantizer(z).latents)
 
     def __call__(self, x: jax.Array) -> jax.Array:

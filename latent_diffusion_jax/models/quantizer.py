@@ -117,7 +117,7 @@ class FiniteScalarQuantizer(nn.Module):
     Needs no codebook and no loss of its own: every combination of the levels is a code.
     """
 
-    levels: Sequence[int]  # values of each channel, at least 2
+    levels: Sequence[int]  # values of each channel, at least 3 (of 2, one is hardly ever reached)
 
     @property
     def codebook_size(self) -> int:

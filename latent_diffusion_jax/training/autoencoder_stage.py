@@ -65,7 +65,8 @@ def make_stage(
     parts = TRAINED[trained]
     optimizer = optimizers["autoencoder"]
     if parts is not None:
-        optimizer = train_only(optimizer, tuple(f"autoencoder/{part}/" for part in parts))
+        prefixes = [f"autoencoder/{part}/" for part in parts]
+        optimizer = train_only(optimizer, (*prefixes, "logvar"))
     latents = Latents(autoencoder, losses, latent_shape, parts is not None, codebook_average)
 
     def init(key: jax.Array) -> State:
