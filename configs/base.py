@@ -136,20 +136,21 @@ def photos(config: ConfigDict) -> None:
     config.checkpoint_every = 400
 
     first = config.first_stage
-    first.autoencoder.channels = 32
-    first.autoencoder.channel_multipliers = (1, 2, 2)
+    first.autoencoder.channels = 16
+    first.autoencoder.channel_multipliers = (1, 2, 4)
     first.autoencoder.num_res_blocks = 1
     first.autoencoder.num_groups = 8
     first.discriminator.channels = 32
     first.discriminator.num_layers = 2
-    first.loss.disc_start = 700
+    first.loss.disc_start = 1_400
+    first.loss.disc_weight = 0.2
     first.loss.update_order = "together"
     first.optimizer.learning_rate = 2e-3
     first.optimizer.warmup_steps = 50
     first.optimizer.final_fraction = 0.05
-    first.discriminator_optimizer.learning_rate = 5e-4
+    first.discriminator_optimizer.learning_rate = 2e-4
     first.batch_size = 8
-    first.num_steps = 1_100
+    first.num_steps = 2_000
 
 
 def smoke_first_stage(config: ConfigDict) -> None:

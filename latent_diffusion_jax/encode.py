@@ -33,7 +33,7 @@ from latent_diffusion_jax.data import latents
 from latent_diffusion_jax.data.encoding import Split, encode_shards, views
 from latent_diffusion_jax.first_stages import FirstStage
 from latent_diffusion_jax.runtime import checkpoints, loggers, sharding
-from latent_diffusion_jax.runtime.commands import StopRequest, flatten, run
+from latent_diffusion_jax.runtime.commands import StopRequest, differences, run
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
 from latent_diffusion_jax.training.state import to_float
 
@@ -174,17 +174,11 @@ def begin(out: pathlib.Path, index: dict[str, Any]) -> bool:
     """
     found = latents.read_index(out)
     if found is not None:
-        theirs, ours = flatten(found), flatten(json.loads(json.dumps(index)))
-        different = [
-            f"{key} (there {theirs.get(key)!r}, now {ours.get(key)!r})"
-            for key in sorted(theirs.keys() | ours.keys())
-            if theirs.get(key) != ours.get(key) and not key.startswith(FREE_KEYS)
-        ]
+        different = differences(found, json.loads(json.dumps(index)), FREE_KEYS)
         if different:
-            more = f" and {len(different) - 3} more" if len(different) > 3 else ""
             raise UserError(
-                f"{out} holds latents of other settings; they differ in "
-                f"{', '.join(different[:3])}{more}. Take another --out, or delete that folder"
+                f"{out} holds latents of other settings; they differ in {different}. "
+                "Take another --out, or delete that folder"
             )
     if jax.process_count() > 1:  # all have looked before the first one writes
         multihost_utils.sync_global_devices("compared")

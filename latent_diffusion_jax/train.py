@@ -31,7 +31,7 @@ from latent_diffusion_jax.data.pipeline import Examples
 from latent_diffusion_jax.data.sources import Source
 from latent_diffusion_jax.first_stages import FirstStage
 from latent_diffusion_jax.runtime import checkpoints, loggers, sharding, trees
-from latent_diffusion_jax.runtime.commands import StopRequest, flatten, run
+from latent_diffusion_jax.runtime.commands import StopRequest, differences, run
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
 from latent_diffusion_jax.training import autoencoder_stage, loop
 from latent_diffusion_jax.training.state import Stage, State, to_float
@@ -156,20 +156,13 @@ def check_workdir(config: dict[str, Any], workdir: pathlib.Path) -> None:
     if not path.exists():
         return
     try:
-        theirs = flatten(json.loads(path.read_text()))
+        different = differences(json.loads(path.read_text()), config, FREE_KEYS)
     except (json.JSONDecodeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    ours = flatten(config)
-    different = [
-        f"{key} (there {theirs.get(key)!r}, now {ours.get(key)!r})"
-        for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key) and not key.startswith(FREE_KEYS)
-    ]
     if different:
-        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
         raise UserError(
-            f"workdir {workdir} holds another config's run; they differ in "
-            f"{', '.join(different[:3])}{more}. Take another --workdir, or the config of that run"
+            f"workdir {workdir} holds another config's run; they differ in {different}. "
+            "Take another --workdir, or the config of that run"
         )
 
 

@@ -55,6 +55,21 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def differences(theirs: Any, ours: Any, free: tuple[str, ...]) -> str:
+    """The keys in which two nested dicts of JSON values differ, with both values; "" for none.
+
+    Keys that begin with one of `free` may differ. At most three are named, then counted.
+    """
+    left, right = flatten(theirs), flatten(ours)
+    different = [
+        f"{key} (there {left.get(key)!r}, now {right.get(key)!r})"
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key) != right.get(key) and not key.startswith(free)
+    ]
+    more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+    return ", ".join(different[:3]) + more
+
+
 def _config_file(argv: Sequence[str]) -> str | None:
     """The value of --config, given as --config=FILE or --config FILE."""
     for arg, following in zip(argv, [*argv[1:], None], strict=True):

@@ -211,3 +211,14 @@ def test_handlers_are_put_back_after_an_error(handlers):
         raise RuntimeError
     send(signal.SIGTERM)
     assert handlers == [signal.SIGTERM]
+
+
+def test_differences_name_keys_and_both_values():
+    theirs, ours = {"a": {"b": 1, "c": 2}, "free": 1}, {"a": {"b": 1, "c": 3}, "free": 2, "new": 4}
+    found = commands.differences(theirs, ours, ("free",))
+    assert found == "a.c (there 2, now 3), new (there None, now 4)"
+    assert commands.differences(theirs, {"a": {"b": 1, "c": 2}}, ("free",)) == ""
+    many = commands.differences({}, {f"k{i}": i for i in range(1, 6)}, ("none",))
+    assert (
+        many == "k1 (there None, now 1), k2 (there None, now 2), k3 (there None, now 3) and 2 more"
+    )
