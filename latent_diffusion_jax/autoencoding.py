@@ -85,7 +85,7 @@ class Autoencoder:
         if not self._needs_tiles(images.shape[1], images.shape[2]):
             return encode(x, {})[0]
         sizes = dict(tile=self.tile, overlap=self.overlap)
-        statistics = tiling.shared_statistics(encode, x, factor=1, **sizes)
+        _, statistics = encode(tiling.collage(x, self.tile), {})
         return tiling.tiled_encode(
             lambda tile: encode(tile, statistics)[0], x, factor=factor, **sizes
         )
@@ -98,14 +98,14 @@ class Autoencoder:
 
         if self._needs_tiles(latents.shape[1] * factor, latents.shape[2] * factor):
             sizes = dict(factor=factor, tile=self.tile, overlap=self.overlap)
-            statistics = tiling.shared_statistics(decode, latents, **sizes)
+            _, statistics = decode(tiling.collage(latents, self.tile // factor), {})
             images = tiling.tiled_decode(lambda z: decode(z, statistics)[0], latents, **sizes)
         else:
             images = decode(latents, {})[0]
         return jnp.clip(images, -1.0, 1.0)
 
     def _apply(self, params: Any, x: jax.Array, statistics: Any, method: str) -> tuple[Any, Any]:
-        """(result, statistics of the normalisation); see `tiling.shared_statistics`."""
+        """(result, statistics of the normalisation); see `tiling.collage`."""
         variables = {"params": params, **statistics}
         return self.stage.network.apply(variables, x, method=method, mutable=[NORM_STATISTICS])
 

@@ -11,4 +11,4 @@ PIP_FLAGS=--no-deps install requirements-peers.txt
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/python -m pytest "$@"
+.venv/bin/python -m pytest --numprocesses=2 --dist=loadfile "$@"

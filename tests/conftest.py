@@ -19,7 +19,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # for `configs`
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(tmp_path_factory):
     """Compiles each program once for all tests and the processes that they start."""
-    folder = str(tmp_path_factory.mktemp("compile_cache"))
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # the workers' common one
+    folder = str(base / "compile_cache")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -30,16 +30,15 @@ def test_small_images_go_through_the_plain_network(trained_workdir):
 
 
 def test_tiles_give_nearly_the_whole_images_result(trained_workdir):
-    images = pattern(96, 128)
+    images = pattern(192, 256)
     whole = autoencoding.load(trained_workdir, tile=0)
-    tiled = autoencoding.load(trained_workdir, tile=64, overlap=32)
-    # The smoke network has no attention: what is left is the padding, and normalisation by the
-    # statistics of all tiles in place of the image's.
+    tiled = autoencoding.load(trained_workdir, tile=128, overlap=32)
+    # The smoke network has no attention: what differs is normalisation by the statistics of a
+    # collage in place of the image's.
     z, z_tiled = whole.encode(images), tiled.encode(images)
-    assert z.shape == z_tiled.shape == (1, 24, 32, 3)
-    assert np.abs(z - z_tiled).max() < 0.05 * z.std() * 10 and not np.array_equal(z, z_tiled)
-    assert np.sqrt(np.mean((z - z_tiled) ** 2)) < 0.05 * z.std()
-    assert psnr(whole.decode(z), tiled.decode(z))[0] > 30
+    assert z.shape == z_tiled.shape == (1, 48, 64, 3)
+    assert 0 < np.sqrt(np.mean((z - z_tiled) ** 2)) < 0.25 * z.std()
+    assert psnr(whole.decode(z), tiled.decode(z))[0] > 25
 
 
 def test_the_command_writes_the_reconstruction(trained_workdir, tmp_path):

@@ -14,7 +14,7 @@ class GroupNorm(nn.Module):
 
     Where the collection `NORM_STATISTICS` is mutable, means and mean squares of the groups are
     written to it, [2, B, groups]; where it is given, those in it are used in place of the input's
-    own. Tiles of one image share them so (see `models.tiling`).
+    own. Tiles of one image share them so (see `models.tiling.collage`).
     """
 
     num_groups: int = 32

@@ -6,12 +6,12 @@ middle half as a raised cosine, so that what differs between tiles changes smoot
 network reaches no further than `o / 4` pixels, the result is that of the whole image.
 
 An autoencoder does reach further: its group normalisation and its attention look at the whole of
-what they are given, so tiles differ in tone. `shared_statistics` is for that: each tile is then
-normalised by the statistics of all. What is left is the attention, which sees one tile at a time.
+what they are given, so tiles differ in tone. `collage` is for that: the statistics of pieces from
+all over the image stand for the image's, and all tiles are normalised by them. What is left is the
+attention, which sees one tile at a time.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,70 +110,38 @@ def tiled_encode(
     return _blend(encode, x, tile // factor, overlap // factor, units=(factor, 1))
 
 
-def shared_statistics(
-    function: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
-    x: jax.Array,
-    *,
-    factor: int,
-    tile: int,
-    overlap: int,
-    rounds: int = 1,
-) -> Any:
-    """Statistics of normalisation over all tiles, for each of them to use in place of its own.
+def collage(x: jax.Array, size: int) -> jax.Array:
+    """Pieces from all over an image, or latents, put together to one of at most `size` a side.
 
-    A first pass over the tiles averages what each has, by its share of the image. Statistics deeper
-    in the network depend on those before: each further round uses the last one's, and comes closer
-    to the whole image's, though not in a straight line. A round takes as long as the decoding.
-
-    With an autoencoder,
+    Its statistics are close to those of the whole: pieces are small, but not resized. With an
+    autoencoder,
 
       def decode(z, statistics):
           return autoencoder.apply(
               {"params": params, **statistics}, z, method="decode", mutable=[NORM_STATISTICS]
           )
 
-      statistics = shared_statistics(decode, z, **sizes)
-      images = tiled_decode(lambda z: decode(z, statistics)[0], z, **sizes)
+      _, statistics = decode(collage(z, tile // factor), {})
+      images = tiled_decode(lambda z: decode(z, statistics)[0], z, ...)
 
     Args:
-      function: (a tile, statistics to use) -> (its result, its own statistics). Statistics to use
-        are {} in the first round, for: those of the tile.
-      x: latents to decode [B, h, w, c], or images to encode.
-      factor, tile, overlap: as for `tiled_decode`; `factor` is 1 for images to encode.
-      rounds: number of passes.
+      x: [B, H, W, C].
+      size: in pixels of x.
 
     Returns:
-      Statistics for `function`; {} where all is one tile.
-
-    Raises:
-      UserError: as `tiled_decode`.
+      [B, min(H, size), min(W, size), C]: up to 8 x 8 pieces of at least 8 x 8 pixels.
     """
-    check_tiles(factor, tile, overlap)
-    size, overlap = (x.shape[1], x.shape[2]), overlap // factor
-    rows, columns, shape = _tile_grid(size, tile // factor, overlap)
-    if shape == size:
-        return {}
-    row_shares, column_shares = (
-        tile_weights(n, t, overlap, starts).sum(axis=1) / n
-        for n, t, starts in zip(size, shape, (rows, columns), strict=True)
-    )
-    starts = jnp.asarray(_all_pairs(rows, columns))
-    shares = jnp.asarray(np.outer(row_shares, column_shares).ravel())  # of the image, by tile
-
-    def one_round(given: Any) -> Any:
-        def of_tile(i: jax.Array) -> Any:
-            found = function(_cut(x, starts[i], shape), given)[1]
-            return jax.tree.map(lambda leaf: shares[i] * leaf, found)
-
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of_tile, 0))
-        return jax.lax.fori_loop(
-            0, len(starts), lambda i, total: jax.tree.map(jnp.add, total, of_tile(i)), zeros
-        )
-
-    statistics = one_round({})
-    if rounds > 1:  # compiled once, however many
-        statistics = jax.lax.fori_loop(1, rounds, lambda _, given: one_round(given), statistics)
-    return statistics
+    for axis in (1, 2):
+        length = x.shape[axis]
+        if length <= size:
+            continue
+        count = max(n for n in range(1, 9) if size % n == 0 and (n == 1 or size // n >= 8))
+        piece = size // count
+        starts = np.round(np.linspace(0, length - piece, count)).astype(int)
+        if count == 1:
+            starts[:] = (length - piece) // 2
+        x = jnp.take(x, (starts[:, None] + np.arange(piece)).ravel(), axis=axis)
+    return x
 
 
 def _blend(
