@@ -143,12 +143,13 @@ def photos(config: ConfigDict) -> None:
     first.discriminator.channels = 32
     first.discriminator.num_layers = 2
     first.loss.disc_start = 1_400
-    first.loss.disc_weight = 0.2
+    first.loss.disc_weight = 0.1
     first.loss.update_order = "together"
     first.optimizer.learning_rate = 2e-3
     first.optimizer.warmup_steps = 50
     first.optimizer.final_fraction = 0.05
-    first.discriminator_optimizer.learning_rate = 2e-4
+    first.optimizer.betas = (0.9, 0.99)
+    first.discriminator_optimizer.learning_rate = 1e-4
     first.batch_size = 8
     first.num_steps = 2_000
 
