@@ -16,7 +16,7 @@ import numpy as np
 
 from latent_diffusion_jax import build, first_stages
 from latent_diffusion_jax.runtime import images
-from latent_diffusion_jax.training.state import to_float
+from latent_diffusion_jax.runtime.images import to_float
 
 DOCS = pathlib.Path(__file__).parent
 COLUMNS = 10

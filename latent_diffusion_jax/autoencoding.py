@@ -19,8 +19,7 @@ from latent_diffusion_jax.first_stages import FirstStage
 from latent_diffusion_jax.models import tiling
 from latent_diffusion_jax.models.layers import NORM_STATISTICS
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.runtime.images import to_uint8
-from latent_diffusion_jax.training.state import to_float
+from latent_diffusion_jax.runtime.images import to_float, to_uint8
 
 
 class Autoencoder:

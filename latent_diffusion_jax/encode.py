@@ -35,7 +35,7 @@ from latent_diffusion_jax.first_stages import FirstStage
 from latent_diffusion_jax.runtime import checkpoints, loggers, sharding
 from latent_diffusion_jax.runtime.commands import StopRequest, differences, run
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
-from latent_diffusion_jax.training.state import to_float
+from latent_diffusion_jax.runtime.images import to_float
 
 FLAGS = flags.FLAGS
 

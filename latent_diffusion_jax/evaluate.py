@@ -42,7 +42,7 @@ from latent_diffusion_jax.evaluation.real_images import grey_features, read_spli
 from latent_diffusion_jax.runtime import checkpoints, images, loggers, sharding
 from latent_diffusion_jax.runtime.commands import run
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.training.state import to_float
+from latent_diffusion_jax.runtime.images import to_float
 from latent_diffusion_jax.weights import inception as inception_weights
 from latent_diffusion_jax.weights import lpips as lpips_weights
 

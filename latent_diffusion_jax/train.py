@@ -33,8 +33,9 @@ from latent_diffusion_jax.first_stages import FirstStage
 from latent_diffusion_jax.runtime import checkpoints, loggers, sharding, trees
 from latent_diffusion_jax.runtime.commands import StopRequest, differences, run
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
+from latent_diffusion_jax.runtime.images import to_float
 from latent_diffusion_jax.training import autoencoder_stage, loop
-from latent_diffusion_jax.training.state import Stage, State, to_float
+from latent_diffusion_jax.training.state import Stage, State
 
 FLAGS = flags.FLAGS
 
@@ -197,12 +198,10 @@ def starting_point(
       UserError: it is another network than the config's, or there is none where one is needed.
     """
     started = checkpoints.latest_step(workdir / "first_stage") is not None
-    needed = "first_stage" in unfinished or not started
     if started or not config.first_stage.init_from:
         if "first_stage" not in unfinished:
             first_stages.complete_step(config, workdir)
         return None
-    assert needed
     path = pathlib.Path(config.first_stage.init_from).expanduser()
     found = first_stages.open_first_stage(path, mesh)
     first_stages.check_same_network(config, found, path)

@@ -19,8 +19,8 @@ from latent_diffusion_jax.data.latents import LatentSource
 from latent_diffusion_jax.encode import encode_dataset, open_inputs
 from latent_diffusion_jax.runtime import checkpoints, sharding
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.images import to_float
 from latent_diffusion_jax.train import measure_scale, train
-from latent_diffusion_jax.training.state import to_float
 
 ROOT = pathlib.Path(__file__).parent.parent
 

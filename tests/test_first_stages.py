@@ -8,8 +8,8 @@ from configs import autoencoder_vq, txt2img
 from latent_diffusion_jax import build, first_stages, pipelines
 from latent_diffusion_jax.runtime import checkpoints
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.images import to_float
 from latent_diffusion_jax.train import train
-from latent_diffusion_jax.training.state import to_float
 from latent_diffusion_jax.weights import autoencoders
 
 

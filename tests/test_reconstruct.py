@@ -9,7 +9,7 @@ from latent_diffusion_jax import autoencoding, first_stages
 from latent_diffusion_jax.evaluation.psnr import psnr
 from latent_diffusion_jax.reconstruct import reconstruct
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.training.state import to_float
+from latent_diffusion_jax.runtime.images import to_float
 
 
 def pattern(height: int, width: int) -> np.ndarray:

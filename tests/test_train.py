@@ -70,7 +70,7 @@ def test_a_finished_run_is_left_alone(trained_workdir, smoke_config):
 def test_scale_factor_is_one_over_the_latents_deviation(trained_workdir, smoke_config):
     from latent_diffusion_jax import build, first_stages
     from latent_diffusion_jax.runtime import sharding
-    from latent_diffusion_jax.training.state import to_float
+    from latent_diffusion_jax.runtime.images import to_float
 
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     frozen = first_stages.load_frozen(smoke_config, trained_workdir, mesh)

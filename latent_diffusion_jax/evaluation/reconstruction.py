@@ -24,6 +24,7 @@ from latent_diffusion_jax.models.inception import InceptionV3
 from latent_diffusion_jax.models.lpips import LPIPS
 from latent_diffusion_jax.runtime import sharding
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.images import to_float
 
 LPIPS_MIN_SIZE = 16  # pixels: four poolings halve it
 LOG_EVERY = 50  # batches
@@ -147,10 +148,6 @@ def _rows(
     return iter(batches[process::processes].to_iter_dataset(options))
 
 
-def _to_float(images: jax.Array) -> jax.Array:
-    return images.astype(jnp.float32) / 127.5 - 1.0
-
-
 def to_levels(images: jax.Array) -> jax.Array:
     """`runtime.images.to_uint8` on the device."""
     return jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
@@ -173,7 +170,7 @@ def _program(
         def call(x: jax.Array, method: str) -> Any:
             return network.apply({"params": params}, x, method=method)
 
-        z = call(_to_float(images), "encode").mean
+        z = call(to_float(images), "encode").mean
         y = call(z, "decode")
         found = {"finite": jnp.all(jnp.isfinite(y), axis=(1, 2, 3))}
         if isinstance(network, AutoencoderVQ):
@@ -183,7 +180,7 @@ def _program(
 
     @jax.jit
     def distance(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        pair = (_to_float(_colour(images)) for images in (x, y))
+        pair = (to_float(_colour(images)) for images in (x, y))
         found = LPIPS().apply({"params": params}, *pair)
         return jax.lax.with_sharding_constraint(found, whole)
 

@@ -3,6 +3,7 @@
 import io
 import math
 import pathlib
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -114,6 +115,11 @@ def resize_and_crop(
         return cut(image).reshape(size, size, -1)  # grey images come without an axis for it
     planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(image, -1, 0)]
     return np.stack([cut(plane) for plane in planes], axis=-1)
+
+
+def to_float(images: Any) -> Any:
+    """uint8 images, NumPy's or JAX's, to float32 in [-1, 1]."""
+    return images.astype(np.float32) / 127.5 - 1.0
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import optax
 
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.models.discriminator import PatchDiscriminator
+from latent_diffusion_jax.runtime.images import to_float
 from latent_diffusion_jax.training import codebook as codebooks
 from latent_diffusion_jax.training import ema
 from latent_diffusion_jax.training.adversary import Adversary, update_if
@@ -21,7 +22,7 @@ from latent_diffusion_jax.training.autoencoder_losses import (
 from latent_diffusion_jax.training.gradients import accumulate
 from latent_diffusion_jax.training.latents import Latents
 from latent_diffusion_jax.training.optimizer import train_only
-from latent_diffusion_jax.training.state import Stage, State, sample_keys, to_float
+from latent_diffusion_jax.training.state import Stage, State, sample_keys
 
 Perceptual = Callable[[Any, jax.Array, jax.Array], jax.Array]
 

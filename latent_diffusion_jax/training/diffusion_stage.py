@@ -11,9 +11,10 @@ from latent_diffusion_jax.conditioning.base import drop
 from latent_diffusion_jax.diffusion.losses import denoising_loss, sample_timesteps
 from latent_diffusion_jax.diffusion.samplers import normal_per_key
 from latent_diffusion_jax.ldm import LatentDiffusion
+from latent_diffusion_jax.runtime.images import to_float
 from latent_diffusion_jax.sampling import Draw
 from latent_diffusion_jax.training import ema
-from latent_diffusion_jax.training.state import Stage, State, sample_keys, to_float
+from latent_diffusion_jax.training.state import Stage, State, sample_keys
 
 
 def make_stage(

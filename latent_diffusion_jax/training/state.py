@@ -53,8 +53,3 @@ def sample_keys(key: jax.Array, step: jax.Array, batch_size: int) -> jax.Array:
     """
     index = step.astype(jnp.uint32) * batch_size + jnp.arange(batch_size, dtype=jnp.uint32)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-
-
-def to_float(images: jax.Array) -> jax.Array:
-    """uint8 images to float32 in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0

@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
+from latent_diffusion_jax.runtime.images import to_float
 from latent_diffusion_jax.runtime.trees import flatten_names
 from latent_diffusion_jax.training import autoencoder_stage
 from latent_diffusion_jax.training.codebook import CodebookAverage
-from latent_diffusion_jax.training.state import to_float
 from tests.first_stages import (
     ACTIVATION,
     DISCRIMINATOR,

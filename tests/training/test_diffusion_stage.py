@@ -13,9 +13,9 @@ from latent_diffusion_jax.ldm import LatentDiffusion
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.models.text_transformer import TextTransformer
 from latent_diffusion_jax.models.unet import UNet
+from latent_diffusion_jax.runtime.images import to_float
 from latent_diffusion_jax.sampling import make_txt2img
 from latent_diffusion_jax.training import diffusion_stage
-from latent_diffusion_jax.training.state import to_float
 
 LENGTH = 6
 LDM = LatentDiffusion(

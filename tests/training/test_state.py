@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion_jax.training.state import sample_keys, to_float
+from latent_diffusion_jax.runtime.images import to_float
+from latent_diffusion_jax.training.state import sample_keys
 
 
 def key_data(step, batch_size):
