@@ -23,8 +23,9 @@ class Case:
 
     Attributes:
       task: `encode`, `decode` or `train`.
-      channels, channel_multipliers, z_channels: of the autoencoder (two blocks a level, 32 groups,
-        attention in the middle: Stable Diffusion's first stage and smaller ones).
+      channels, channel_multipliers, z_channels, num_res_blocks, num_groups: of the autoencoder,
+        which has attention in the middle; Stable Diffusion's first stage and smaller ones.
+      discriminator: channels and strided convolutions of the discriminator.
       image_size: side in pixels.
       batch_size: images.
       perceptual: whether the train step has LPIPS, with random weights.
@@ -37,6 +38,9 @@ class Case:
     z_channels: int
     image_size: int
     batch_size: int = 1
+    num_res_blocks: int = 2
+    num_groups: int = 32
+    discriminator: tuple[int, int] = (64, 3)
     perceptual: bool = False
     tolerance: float = 1e-4
 
@@ -52,9 +56,18 @@ class Case:
 
 SD = dict(channels=128, channel_multipliers=(1, 2, 4, 4), z_channels=4)
 SMALL = dict(channels=64, channel_multipliers=(1, 2, 4), z_channels=3)
+PHOTOS = dict(  # configs/autoencoder_kl.py:photos
+    channels=16,
+    channel_multipliers=(1, 2, 4),
+    z_channels=3,
+    num_res_blocks=1,
+    num_groups=8,
+    discriminator=(32, 2),
+)
 CASES = {
     "sd_encode_512": Case("encode", image_size=512, **SD),
     "sd_decode_512": Case("decode", image_size=512, **SD),
+    "train_photos": Case("train", image_size=64, batch_size=8, tolerance=1e-3, **PHOTOS),
     "train_small": Case("train", image_size=64, batch_size=8, tolerance=1e-3, **SMALL),
     "train_small_lpips": Case(
         "train", image_size=64, batch_size=8, tolerance=1e-3, perceptual=True, **SMALL

@@ -1,5 +1,6 @@
 """Our side: `jax_side.py CASE FOLDER VARIANT THREADS`, started by autoencoder.py."""
 
+import functools
 import pathlib
 import sys
 
@@ -34,6 +35,7 @@ from latent_diffusion_jax.diffusion.samplers import normal_per_key
 from latent_diffusion_jax.models import lpips
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL
 from latent_diffusion_jax.models.discriminator import PatchDiscriminator
+from latent_diffusion_jax.runtime.compilation import compiler_options
 from latent_diffusion_jax.runtime.trees import path_name
 from latent_diffusion_jax.training.autoencoder_losses import AutoencoderLosses
 from latent_diffusion_jax.training.autoencoder_stage import make_stage
@@ -69,7 +71,7 @@ def inference(case: Case, folder: pathlib.Path, save: pathlib.Path):
     inputs = jax.device_put(np.load(folder / INPUTS)["inputs"])
     params = jax.device_put(loaded.params)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def apply(params, inputs):
         y = network.apply({"params": params}, inputs, method=case.task)
         return y.mean if case.task == "encode" else y
@@ -81,7 +83,8 @@ def inference(case: Case, folder: pathlib.Path, save: pathlib.Path):
 def training(case: Case, folder: pathlib.Path, save: pathlib.Path):
     """A function that makes one update; the figures of the first ones are saved."""
     loaded = autoencoders.load(folder / AUTOENCODER)
-    network, discriminator = AutoencoderKL(**loaded.fields), PatchDiscriminator()
+    network = AutoencoderKL(**loaded.fields)
+    discriminator = PatchDiscriminator(*case.discriminator)
     images = np.load(folder / INPUTS)["inputs"]
     perceptual = None
     if case.perceptual:
@@ -129,7 +132,7 @@ def training(case: Case, folder: pathlib.Path, save: pathlib.Path):
     frozen = lpips_weights.load(folder / LPIPS) if case.perceptual else None
     state = jax.device_put(zeros.replace(params=params, frozen=frozen))
     batch = jax.device_put({"image": images})
-    step = jax.jit(stage.train_step, donate_argnums=0)
+    step = jax.jit(stage.train_step, donate_argnums=0, compiler_options=compiler_options())
 
     figures = []
     for _ in range(COMPARED_STEPS):

@@ -37,7 +37,7 @@ VGG_BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512,
 
 
 class Discriminator(nn.Module):
-    """The patch discriminator of pix2pix with three strided convolutions."""
+    """The patch discriminator of pix2pix with batch normalisation."""
 
     def __init__(self, channels: int = 64, num_layers: int = 3):
         super().__init__()
@@ -103,7 +103,8 @@ def write_shared(case: Case, folder: pathlib.Path) -> None:
         down_block_types=["DownEncoderBlock2D"] * len(widths),
         up_block_types=["UpDecoderBlock2D"] * len(widths),
         block_out_channels=widths,
-        layers_per_block=2,
+        layers_per_block=case.num_res_blocks,
+        norm_num_groups=case.num_groups,
         latent_channels=case.z_channels,
         sample_size=case.image_size,
     )
@@ -118,7 +119,7 @@ def write_shared(case: Case, folder: pathlib.Path) -> None:
             inputs = (inputs / 127.5 - 1).astype(np.float32)
     np.savez(folder / INPUTS, inputs=inputs)
     if case.task == "train":
-        state = Discriminator().state_dict()
+        state = Discriminator(*case.discriminator).state_dict()
         np.savez(folder / DISCRIMINATOR, **{name: x.numpy() for name, x in state.items()})
         save_file(Perceptual().state_dict(), folder / LPIPS)
 
@@ -170,7 +171,7 @@ def inference(case: Case, folder: pathlib.Path, variant: str):
 def training(case: Case, folder: pathlib.Path, variant: str):
     """A function that makes one update of both networks; the first figures are saved."""
     autoencoder = prepared(AutoencoderKL.from_pretrained(folder / AUTOENCODER).train(), variant)
-    discriminator = Discriminator()
+    discriminator = Discriminator(*case.discriminator)
     state = dict(np.load(folder / DISCRIMINATOR))
     discriminator.load_state_dict({name: torch.tensor(x) for name, x in state.items()})
     discriminator = prepared(discriminator.train(), variant)

@@ -34,6 +34,7 @@ from latent_diffusion_jax.data.encoding import Split, encode_shards, views
 from latent_diffusion_jax.first_stages import FirstStage
 from latent_diffusion_jax.runtime import checkpoints, loggers, sharding
 from latent_diffusion_jax.runtime.commands import StopRequest, differences, run
+from latent_diffusion_jax.runtime.compilation import compiler_options
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
 from latent_diffusion_jax.runtime.images import to_float
 
@@ -194,7 +195,11 @@ def begin(out: pathlib.Path, index: dict[str, Any]) -> bool:
 def make_program(network: Any, params: Any, mesh: Mesh, dtype: str) -> Callable[..., jax.Array]:
     """uint8 [B, H, W, C] on the host -> moments [B, h, w, c] on their way from the devices."""
 
-    @functools.partial(jax.jit, out_shardings=sharding.batch_sharding(mesh))
+    @functools.partial(
+        jax.jit,
+        out_shardings=sharding.batch_sharding(mesh),
+        compiler_options=compiler_options(),
+    )
     def program(params: Any, batch: jax.Array) -> jax.Array:
         posterior = network.apply({"params": params}, to_float(batch), method="encode")
         return posterior.moments.astype(dtype)

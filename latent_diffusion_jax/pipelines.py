@@ -19,6 +19,7 @@ from latent_diffusion_jax.conditioning import text
 from latent_diffusion_jax.conditioning import tokenizers as captions
 from latent_diffusion_jax.ldm import LatentDiffusion
 from latent_diffusion_jax.runtime import checkpoints, images, sharding
+from latent_diffusion_jax.runtime.compilation import compiler_options
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.sampling import Draw, make_txt2img
 
@@ -45,7 +46,9 @@ class Pipeline:
         """The jitted sampling function for a sampler and a number of steps, made once."""
         if (sampler, steps) not in self._programs:
             try:
-                self._programs[sampler, steps] = jax.jit(make_txt2img(self.ldm, sampler, steps))
+                self._programs[sampler, steps] = jax.jit(
+                    make_txt2img(self.ldm, sampler, steps), compiler_options=compiler_options()
+                )
             except ValueError as error:
                 raise UserError(str(error)) from error
         return self._programs[sampler, steps]

@@ -45,7 +45,7 @@ def torch_names(tree: Any, renames: Sequence[tuple[str, str]]) -> dict[str, torc
         if name.endswith("/kernel"):
             # HWIO -> OIHW, and [in, out] -> [out, in].
             leaf = leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf.T
-        name = re.sub(r"/(dense|GroupNorm_0)/", "/", name)
+        name = re.sub(r"/dense/", "/", name)
         name = re.sub(r"/(kernel|scale)$", "/weight", name)
         for pattern, replacement in renames:
             name = re.sub(pattern, replacement, name)

@@ -10,7 +10,11 @@ NORM_STATISTICS = "norm_statistics"  # a collection of variables
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation computed in float32, returned in the input's dtype.
+    """Group normalisation (Wu and He, 2018) computed in float32, returned in the input's dtype.
+
+    Sums over pixels come first and sums over a group's few channels after them, so that no large
+    array is split along its last axis: on CPUs several times as fast as `flax.linen.GroupNorm`, and
+    with less rounding.
 
     Where the collection `NORM_STATISTICS` is mutable, means and mean squares of the groups are
     written to it, [2, B, groups]; where it is given, those in it are used in place of the input's
@@ -22,21 +26,41 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, ..., C] -> the same shape.
+
+        Raises:
+          ValueError: the groups do not divide C.
+        """
+        batch, channels = x.shape[0], x.shape[-1]
+        if channels % self.num_groups:
+            raise ValueError(f"{self.num_groups} groups do not divide {channels} channels")
+        scale = self.param("scale", nn.initializers.ones_init(), (channels,))
+        bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
         y = x.astype(jnp.float32)
+
+        def group_means(x: jax.Array) -> jax.Array:
+            means = jnp.mean(x, axis=tuple(range(1, x.ndim - 1)))
+            return means.reshape(batch, self.num_groups, -1).mean(-1)
+
         given = self.get_variable(NORM_STATISTICS, "moments")
-        if self.is_mutable_collection(NORM_STATISTICS) and not self.is_initializing():
-            groups = y.reshape(y.shape[0], -1, self.num_groups, y.shape[-1] // self.num_groups)
-            moments = jnp.stack([groups.mean((1, 3)), jnp.square(groups).mean((1, 3))])
-            self.put_variable(NORM_STATISTICS, "moments", moments)
-        if given is None:
-            norm = nn.GroupNorm(num_groups=self.num_groups, epsilon=self.epsilon, dtype=jnp.float32)
-            return norm(y).astype(x.dtype)
-        affine = self.variables["params"]["GroupNorm_0"]
-        per_channel = jnp.repeat(given, y.shape[-1] // self.num_groups, axis=-1)
-        mean, square = per_channel.reshape(2, y.shape[0], *[1] * (y.ndim - 2), y.shape[-1])
-        variance = jnp.maximum(square - jnp.square(mean), 0.0)
-        y = (y - mean) * jax.lax.rsqrt(variance + self.epsilon)
-        return (y * affine["scale"] + affine["bias"]).astype(x.dtype)
+        record = self.is_mutable_collection(NORM_STATISTICS) and not self.is_initializing()
+        if given is None or record:
+            mean, square = group_means(y), group_means(jnp.square(y))
+            if record:
+                self.put_variable(NORM_STATISTICS, "moments", jnp.stack([mean, square]))
+        if given is not None:
+            mean, square = given
+        inverse_deviation = jax.lax.rsqrt(
+            jnp.maximum(square - jnp.square(mean), 0.0) + self.epsilon
+        )
+
+        def spread(per_group: jax.Array) -> jax.Array:
+            return jnp.repeat(per_group, channels // self.num_groups, axis=-1)
+
+        slope = spread(inverse_deviation) * scale
+        offset = bias - spread(mean) * slope
+        shape = (batch, *[1] * (x.ndim - 2), channels)
+        return (y * slope.reshape(shape) + offset.reshape(shape)).astype(x.dtype)
 
 
 class Dense(nn.Module):
@@ -84,15 +108,8 @@ def conv(
     )
 
 
-def upsample_nearest(x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B, 2H, 2W, C], each pixel repeated."""
-    b, h, w, c = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
-    return x.reshape(b, 2 * h, 2 * w, c)
-
-
 class UpsampleConv(nn.Module):
-    """`upsample_nearest` and a 3x3 convolution in one, with 4/9 of the multiplications.
+    """Each pixel repeated to a square of four, and a 3x3 convolution, at 4/9 of its cost.
 
     Where pixels are repeated, the 3x3 kernel meets only 2x2 different ones, others for each of the
     four pixels of a square: so there are four 2x2 kernels, sums of the 3x3 kernel's entries, and

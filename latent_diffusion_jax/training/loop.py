@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from latent_diffusion_jax.data import pipeline
 from latent_diffusion_jax.runtime import checkpoints, images, loggers, sharding
+from latent_diffusion_jax.runtime.compilation import compiler_options
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.training.state import Stage, State
 
@@ -118,16 +119,19 @@ def train_stage(
             state = at_start(jax.jit(stage.init, out_shardings=shardings)(init_key))
         state = state.replace(frozen=frozen)
 
-        everywhere = sharding.replicated(mesh)
+        everywhere, options = sharding.replicated(mesh), compiler_options()
         state_shardings = jax.tree.map(lambda x: x.sharding, state)
         train_step = jax.jit(
             stage.train_step,
             in_shardings=(state_shardings, sharding.batch_sharding(mesh), everywhere),
             out_shardings=(state_shardings, everywhere),
             donate_argnums=0,
+            compiler_options=options,
         )
-        eval_step = jax.jit(stage.eval_step, out_shardings=everywhere)
-        preview = jax.jit(stage.preview, out_shardings=everywhere)
+        eval_step, preview = (
+            jax.jit(function, out_shardings=everywhere, compiler_options=options)
+            for function in (stage.eval_step, stage.preview)
+        )
 
         is_main = jax.process_index() == 0
         writer = loggers.RunWriter(run.workdir, name, start_step, is_main)

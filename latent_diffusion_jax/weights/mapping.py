@@ -35,7 +35,7 @@ KINDS = {
     # A dense layer on pixels is a 1x1 convolution; formats differ in which of both they store.
     "dense_as_conv": (("dense/kernel", "weight", "dense_as_conv"), ("dense/bias", "bias", "same")),
     "conv_as_dense": (("kernel", "weight", "conv_as_dense"), ("bias", "bias", "same")),
-    "norm": (("GroupNorm_0/scale", "weight", "same"), ("GroupNorm_0/bias", "bias", "same")),
+    "norm": (("scale", "weight", "same"), ("bias", "bias", "same")),
     "same": (("", "", "same"),),
     "per_channel": (("", "", "per_channel"),),
 }

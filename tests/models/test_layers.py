@@ -15,7 +15,6 @@ from latent_diffusion_jax.models.layers import (
     UpsampleConv,
     conv,
     timestep_embedding,
-    upsample_nearest,
 )
 
 
@@ -46,7 +45,7 @@ def test_timestep_embedding_tells_neighbouring_timesteps_apart():
 def test_group_norm_equals_torch(random_params, groups, epsilon):
     x = 3 * normal(0, 2, 5, 3, 8) + 1
     norm = GroupNorm(groups, epsilon)
-    params = random_params(norm, x)["GroupNorm_0"]
+    params = random_params(norm, x)
     reference = torch.nn.functional.group_norm(
         torch.tensor(x).permute(0, 3, 1, 2),
         groups,
@@ -54,8 +53,23 @@ def test_group_norm_equals_torch(random_params, groups, epsilon):
         torch.tensor(params["bias"]),
         epsilon,
     ).permute(0, 2, 3, 1)
-    y = norm.apply({"params": {"GroupNorm_0": params}}, x)
+    y = norm.apply({"params": params}, x)
     np.testing.assert_allclose(y, reference.numpy(), rtol=0, atol=1e-5)
+
+
+def test_group_norm_keeps_its_precision_far_from_zero(random_params):
+    x = normal(9, 1, 64, 64, 8) + 30  # of standard deviation 1
+    norm = GroupNorm(4)
+    params = random_params(norm, x)
+    groups = x.astype(np.float64).reshape(1, -1, 4, 2)
+    groups = (groups - groups.mean((1, 3), keepdims=True)) / groups.std((1, 3), keepdims=True)
+    expected = groups.reshape(x.shape) * params["scale"] + params["bias"]
+    np.testing.assert_allclose(norm.apply({"params": params}, x), expected, rtol=0, atol=2e-3)
+
+
+def test_group_norm_refuses_groups_that_do_not_divide_the_channels():
+    with pytest.raises(ValueError, match="3 groups do not divide 8 channels"):
+        GroupNorm(3).init(jax.random.key(0), normal(1, 1, 2, 2, 8))
 
 
 def test_group_norm_computes_half_precision_inputs_in_float32():
@@ -81,7 +95,7 @@ def test_group_norm_uses_the_statistics_that_it_is_given(random_params):
     given, of_y = norm.apply({**variables, **of_x}, y, mutable=[NORM_STATISTICS])
     groups = x.reshape(2, 15, 4, 2)
     mean, std = (np.repeat(f(axis=(1, 3)), 2, -1)[:, None, None] for f in (groups.mean, groups.std))
-    affine = variables["params"]["GroupNorm_0"]
+    affine = variables["params"]
     expected = (y - mean) / np.sqrt(std**2 + 1e-5) * affine["scale"] + affine["bias"]
     np.testing.assert_allclose(given, expected, rtol=0, atol=1e-5)
     own = norm.apply(variables, y, mutable=[NORM_STATISTICS])[1]
@@ -137,12 +151,6 @@ def test_conv_equals_torch(random_params, kernel, strides, padding, torch_paddin
     np.testing.assert_allclose(y, reference.numpy(), rtol=0, atol=1e-5)
 
 
-def test_upsample_repeats_each_pixel():
-    x = normal(5, 2, 3, 4, 5)
-    y = upsample_nearest(jnp.asarray(x))
-    np.testing.assert_array_equal(y, x.repeat(2, axis=1).repeat(2, axis=2))
-
-
 class UpsampleThenConv(nn.Module):
     """What `UpsampleConv` computes, step by step."""
 
@@ -150,7 +158,8 @@ class UpsampleThenConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return conv(self.features, 3, jnp.float32, "conv")(upsample_nearest(x))
+        x = x.repeat(2, axis=1).repeat(2, axis=2)
+        return conv(self.features, 3, jnp.float32, "conv")(x)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 3)])
