@@ -1,0 +1,40 @@
+"""runtime.compilation: options reach the compiler, and one that XLA does not know is left away."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_diffusion_jax.runtime import compilation
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    compilation.compiler_options.cache_clear()
+    yield
+    compilation.compiler_options.cache_clear()
+
+
+def test_convolutions_on_cpus_are_not_handed_on():
+    def convolve(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+    x, kernel = jnp.ones((2, 32, 32, 16)), jnp.ones((3, 3, 16, 16))
+    programs = [
+        jax.jit(convolve, compiler_options=options).lower(x, kernel).compile()
+        for options in ({}, compilation.compiler_options())
+    ]
+    assert "ynn_fusion" not in programs[1].as_text()
+    results = [program(x, kernel) for program in programs]
+    np.testing.assert_allclose(*results, rtol=1e-6)
+
+
+def test_an_unknown_option_is_left_away(monkeypatch):
+    monkeypatch.setattr(compilation, "_CPU_OPTIONS", {"xla_no_such_option": "1"})
+    assert compilation.compiler_options() == {}
+
+
+def test_other_platforms_have_none(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert compilation.compiler_options() == {}
