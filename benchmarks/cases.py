@@ -56,17 +56,13 @@ class Case:
 
 SD = dict(channels=128, channel_multipliers=(1, 2, 4, 4), z_channels=4)
 SMALL = dict(channels=64, channel_multipliers=(1, 2, 4), z_channels=3)
-PHOTOS = dict(  # configs/autoencoder_kl.py:photos
-    channels=16,
-    channel_multipliers=(1, 2, 4),
-    z_channels=3,
-    num_res_blocks=1,
-    num_groups=8,
-    discriminator=(32, 2),
-)
+MINIATURE = dict(z_channels=3, num_res_blocks=1, num_groups=8, discriminator=(32, 2))
+DIGITS = dict(channels=16, channel_multipliers=(1, 2, 2), **MINIATURE)  # configs/txt2img.py
+PHOTOS = dict(channels=16, channel_multipliers=(1, 2, 4), **MINIATURE)  # autoencoder_kl.py:photos
 CASES = {
     "sd_encode_512": Case("encode", image_size=512, **SD),
     "sd_decode_512": Case("decode", image_size=512, **SD),
+    "train_digits": Case("train", image_size=32, batch_size=32, tolerance=1e-3, **DIGITS),
     "train_photos": Case("train", image_size=64, batch_size=8, tolerance=1e-3, **PHOTOS),
     "train_small": Case("train", image_size=64, batch_size=8, tolerance=1e-3, **SMALL),
     "train_small_lpips": Case(

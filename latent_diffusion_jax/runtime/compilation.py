@@ -4,10 +4,8 @@ import functools
 
 import jax
 
-# Of what XLA's CPU backend may hand to YNNPACK, all but convolutions.
-_CPU_OPTIONS = {
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
-}
+# Of what XLA's CPU backend hands to YNNPACK by default, reductions alone.
+_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
 @functools.cache
