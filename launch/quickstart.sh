@@ -6,6 +6,9 @@ cd "$(dirname "$0")/.."
 # shellcheck source=launch/environment.sh
 . launch/environment.sh
 
+# Large pages: a step on a CPU takes about a tenth less.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+
 workdir=runs/digits
 install requirements.txt
 .venv/bin/python -m latent_diffusion_jax.train --config=configs/txt2img.py --workdir="$workdir"
