@@ -16,7 +16,6 @@ import numpy as np
 
 from latent_diffusion_jax import build, first_stages
 from latent_diffusion_jax.runtime import images
-from latent_diffusion_jax.runtime.images import to_float
 
 DOCS = pathlib.Path(__file__).parent
 COLUMNS = 10
@@ -27,7 +26,7 @@ TERMS = (("l1", "L1 per pixel"), ("g_loss", "generator's term"), ("d_loss", "dis
 def reconstructions(workdir: str, pixels: np.ndarray) -> np.ndarray:
     """uint8 images -> what a workdir's first stage makes of them."""
     stage = first_stages.open_first_stage(workdir)
-    run = jax.jit(lambda params, x: stage.network.apply({"params": params}, to_float(x)))
+    run = jax.jit(lambda params, x: stage.network.apply({"params": params}, images.to_float(x)))
     return images.to_uint8(np.clip(np.asarray(run(stage.params, pixels)), -1.0, 1.0))
 
 

@@ -45,9 +45,9 @@ def main(workdir: str) -> None:
     original = np.asarray(images.resize_and_crop(photo, SIDE))[None]
     latents = tiled.encode(original)
     factor = tiled.stage.network.downsampling_factor
-    small = latents[:, : TILE // factor, : TILE // factor]
+    one_tile = latents[:, : TILE // factor, : TILE // factor]
     print(f"{temporaries(tiled, latents):.0f} MiB in tiles")
-    print(f"{temporaries(whole, small):.0f} MiB for {TILE}x{TILE} pixels")
+    print(f"{temporaries(whole, one_tile):.0f} MiB for {TILE}x{TILE} pixels")
 
     ours = tiled.decode(latents).astype(int)
     attention.dot_product_attention = attend_in_chunks

@@ -38,8 +38,8 @@ class GroupNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
         y = x.astype(jnp.float32)
 
-        def group_means(x: jax.Array) -> jax.Array:
-            means = jnp.mean(x, axis=tuple(range(1, x.ndim - 1)))
+        def group_means(values: jax.Array) -> jax.Array:
+            means = jnp.mean(values, axis=tuple(range(1, values.ndim - 1)))
             return means.reshape(batch, self.num_groups, -1).mean(-1)
 
         given = self.get_variable(NORM_STATISTICS, "moments")

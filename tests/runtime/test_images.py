@@ -20,6 +20,12 @@ def noise(height, width, channels=3, seed=0):
     return np.random.default_rng(seed).integers(256, size=shape).astype(np.uint8)
 
 
+def test_to_float_spans_minus_one_to_one():
+    found = images.to_float(np.array([0, 255], np.uint8))
+    np.testing.assert_array_equal(found, [-1.0, 1.0])
+    assert found.dtype == np.float32
+
+
 def decoded(data: bytes) -> np.ndarray:
     image = images.decode(data)
     assert image.mode == "RGB"

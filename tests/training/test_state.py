@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion_jax.runtime.images import to_float
 from latent_diffusion_jax.training.state import sample_keys
 
 
@@ -18,7 +17,3 @@ def test_keys_depend_on_the_global_index_alone():
     np.testing.assert_array_equal(key_data(1, 16), np.concatenate([key_data(2, 8), key_data(3, 8)]))
     seen = np.concatenate([key_data(step, 8) for step in range(10)])
     assert len(np.unique(seen, axis=0)) == 80
-
-
-def test_to_float_spans_minus_one_to_one():
-    np.testing.assert_array_equal(to_float(np.array([0, 255], np.uint8)), [-1.0, 1.0])
