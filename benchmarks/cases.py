@@ -45,6 +45,11 @@ class Case:
     tolerance: float = 1e-4
 
     @property
+    def repeats(self) -> int:
+        """Steps of one turn: a train step follows on another."""
+        return 4 if self.task == "train" else 1
+
+    @property
     def factor(self) -> int:
         return 2 ** (len(self.channel_multipliers) - 1)
 
@@ -62,7 +67,8 @@ PHOTOS = dict(channels=16, channel_multipliers=(1, 2, 4), **MINIATURE)  # autoen
 CASES = {
     "sd_encode_512": Case("encode", image_size=512, **SD),
     "sd_decode_512": Case("decode", image_size=512, **SD),
-    "train_digits": Case("train", image_size=32, batch_size=32, tolerance=1e-3, **DIGITS),
+    "train_digits_b8": Case("train", image_size=32, batch_size=8, tolerance=1e-3, **DIGITS),
+    "train_digits_b32": Case("train", image_size=32, batch_size=32, tolerance=1e-3, **DIGITS),
     "train_photos": Case("train", image_size=64, batch_size=8, tolerance=1e-3, **PHOTOS),
     "train_small": Case("train", image_size=64, batch_size=8, tolerance=1e-3, **SMALL),
     "train_small_lpips": Case(

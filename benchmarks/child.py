@@ -22,22 +22,34 @@ def limit_threads(count: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(count)
 
 
-def serve(run: Callable[[], None], facts: Callable[[], dict[str, Any]], channel: Any) -> None:
-    """Runs once for each line that comes in, and says how long it took.
+def serve(
+    run: Callable[[], Any],
+    wait: Callable[[Any], Any],
+    repeats: int,
+    facts: Callable[[], dict[str, Any]],
+    channel: Any,
+) -> None:
+    """Runs `repeats` times for each line that comes in, and says how long one time took.
 
     In seconds by the clock, and in seconds of all processors: the latter say more on a machine that
     others use too.
 
     Args:
-      run: does the work and waits until it is done.
+      run: starts the work.
+      wait: takes what `run` gave and returns when it is done: after the last of the repeats, so
+        that a side which prepares the next step during this one may do so, as in training.
+      repeats: how often a turn runs.
       facts: what else to answer: peak memory on the accelerator, say.
       channel: file to answer on.
     """
     reply(channel, facts())
     for _ in sys.stdin:
         start, start_cpu = time.perf_counter(), time.process_time()
-        run()
-        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+        for _ in range(repeats):
+            outputs = run()
+        wait(outputs)
+        seconds = (time.perf_counter() - start) / repeats
+        cpu_seconds = (time.process_time() - start_cpu) / repeats
         reply(channel, {"seconds": seconds, "cpu_seconds": cpu_seconds, **facts()})
 
 

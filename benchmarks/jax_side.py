@@ -77,7 +77,7 @@ def inference(case: Case, folder: pathlib.Path, save: pathlib.Path):
         return y.mean if case.task == "encode" else y
 
     np.savez(save, outputs=np.asarray(apply(params, inputs)))
-    return lambda: jax.block_until_ready(apply(params, inputs))
+    return lambda: apply(params, inputs)
 
 
 def training(case: Case, folder: pathlib.Path, save: pathlib.Path):
@@ -143,7 +143,7 @@ def training(case: Case, folder: pathlib.Path, save: pathlib.Path):
     def run():
         nonlocal state
         state, metrics = step(state, batch, key)
-        jax.block_until_ready((state, metrics))
+        return state, metrics
 
     return run
 
@@ -166,4 +166,5 @@ if __name__ == "__main__":
         child.reply(CHANNEL, {})
     else:
         prepare = training if CASE.task == "train" else inference
-        child.serve(prepare(CASE, FOLDER, FOLDER / "ours.npz"), facts, CHANNEL)
+        run = prepare(CASE, FOLDER, FOLDER / "ours.npz")
+        child.serve(run, jax.block_until_ready, CASE.repeats, facts, CHANNEL)
