@@ -31,11 +31,11 @@ import optax
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from latent_diffusion_jax.diffusion.samplers import normal_per_key
 from latent_diffusion_jax.models import lpips
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL
 from latent_diffusion_jax.models.discriminator import PatchDiscriminator
 from latent_diffusion_jax.runtime.compilation import compiler_options
+from latent_diffusion_jax.runtime.randomness import normal_per_key
 from latent_diffusion_jax.runtime.trees import path_name
 from latent_diffusion_jax.training.autoencoder_losses import AutoencoderLosses
 from latent_diffusion_jax.training.autoencoder_stage import make_stage

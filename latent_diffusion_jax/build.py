@@ -3,6 +3,7 @@
 The keys of a section are the arguments of what it builds.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ from latent_diffusion_jax.conditioning.tokenizers import max_length as token_len
 from latent_diffusion_jax.data import latents, pipeline
 from latent_diffusion_jax.data.latents import LatentSource
 from latent_diffusion_jax.data.sources import open_source
+from latent_diffusion_jax.diffusion.losses import Objective
+from latent_diffusion_jax.diffusion.plan import Plan
 from latent_diffusion_jax.diffusion.schedules import make_schedule
 from latent_diffusion_jax.ldm import LatentDiffusion
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
@@ -26,7 +29,7 @@ from latent_diffusion_jax.models.lpips import LPIPS
 from latent_diffusion_jax.models.text_transformer import TextTransformer
 from latent_diffusion_jax.models.unet import UNet
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.sampling import make_txt2img
+from latent_diffusion_jax.sampling import Settings, make_draw, make_plan
 from latent_diffusion_jax.training import autoencoder_stage, diffusion_stage
 from latent_diffusion_jax.training.autoencoder_losses import AutoencoderLosses
 from latent_diffusion_jax.training.codebook import CodebookAverage
@@ -150,11 +153,37 @@ def latent_diffusion(config: ConfigDict, vocab_size: int, max_length: int) -> La
     conditioner = TextTransformer(
         vocab_size=vocab_size, max_length=max_length, **network_fields(config.text_encoder)
     )
-    unet = UNet(
-        out_channels=config.first_stage.autoencoder.embed_dim, **network_fields(config.unet)
+    channels = config.first_stage.autoencoder.embed_dim
+    if config.objective.learned_variance:
+        channels *= 2
+    unet = UNet(out_channels=channels, **network_fields(config.unet))
+    return LatentDiffusion(
+        autoencoder(config),
+        conditioner,
+        unet,
+        make_schedule(**config.schedule),
+        config.data.image_size,
+        config.objective.prediction_type,
     )
-    schedule = make_schedule(**config.schedule)
-    return LatentDiffusion(autoencoder(config), conditioner, unet, schedule, config.data.image_size)
+
+
+def sample_plan(config: ConfigDict) -> Plan:
+    """The plan of the config's sampler, without its networks.
+
+    Raises:
+      ValueError: the section `sample` does not fit schedule and objective.
+    """
+    return make_plan(
+        make_schedule(**config.schedule),
+        config.objective.prediction_type,
+        sample_settings(config),
+    )
+
+
+def sample_settings(config: ConfigDict) -> Settings:
+    """What the config's section `sample` says of how to sample."""
+    names = {field.name for field in dataclasses.fields(Settings)}
+    return Settings(**{name: value for name, value in config.sample.items() if name in names})
 
 
 def second_stage(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> Stage:
@@ -165,9 +194,9 @@ def second_stage(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> Stage:
         make_optimizer(config.num_steps, **config.optimizer),
         text.null_tokens(tokenizer),
         encode(tokenizer, config.sample.prompts),
+        objective=Objective(**config.objective),
         caption_dropout=config.caption_dropout,
         ema_decay=config.ema_decay,
-        draw=make_txt2img(ldm, config.sample.sampler, config.sample.steps),
-        guidance_scale=config.sample.guidance_scale,
-        eta=config.sample.eta,
+        draw=make_draw(ldm, ldm.image_size, ldm.image_size),
+        plan=sample_plan(config),
     )

@@ -6,7 +6,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build
-from latent_diffusion_jax.diffusion.samplers import SAMPLERS
+from latent_diffusion_jax.diffusion.losses import LOSSES, WEIGHTINGS
+from latent_diffusion_jax.diffusion.noise_levels import SIGMAS, SPACINGS
+from latent_diffusion_jax.diffusion.process import PREDICTION_TYPES
+from latent_diffusion_jax.diffusion.samplers import SAMPLERS, VARIANCES
 from latent_diffusion_jax.diffusion.schedules import BETAS
 from latent_diffusion_jax.models.discriminator import NORMS
 from latent_diffusion_jax.runtime.commands import flatten
@@ -19,8 +22,8 @@ STAGES = ("first_stage", "diffusion")
 # Keys whose section the config has not are left out: a first stage alone needs no second.
 SECTIONS = {
     "first_stage": ("first_stage",),
-    "diffusion": ("first_stage", "tokenizer", "text_encoder", "unet", "schedule", "optimizer",
-                  "sample", "caption_dropout", "ema_decay", "batch_size", "num_steps"),
+    "diffusion": ("first_stage", "tokenizer", "text_encoder", "unet", "schedule", "objective",
+                  "optimizer", "sample", "caption_dropout", "ema_decay", "batch_size", "num_steps"),
 }  # fmt: skip
 AT_LEAST_ONE = (
     "batch_size",
@@ -52,7 +55,6 @@ AT_LEAST_ONE = (
     "text_encoder.head_dim",
     "unet.channels",
     "unet.num_groups",
-    "unet.head_dim",
     "unet.num_res_blocks",
     "unet.transformer_depth",
     "schedule.num_timesteps",
@@ -67,11 +69,14 @@ IN_UNIT_INTERVAL = (
     "first_stage.codebook.revive_below",
     "first_stage.loss.lecam_decay",
     "sample.eta",
+    "sample.guidance_rescale",
 )
 VQ_ONLY = ("first_stage.autoencoder.codebook_size", "first_stage.codebook.")
-BELOW_ONE = ("first_stage.ema_decay", "first_stage.codebook.decay")
+BELOW_ONE = ("first_stage.ema_decay", "first_stage.codebook.decay", "unet.dropout")
 NOT_NEGATIVE = (
     "seed",
+    "unet.num_heads",
+    "unet.head_dim",
     "data.check_images",
     "first_stage.loss.kl_weight",
     "first_stage.loss.codebook_weight",
@@ -80,6 +85,12 @@ NOT_NEGATIVE = (
     "first_stage.loss.disc_weight",
     "first_stage.loss.r1_weight",
     "first_stage.loss.lecam_weight",
+    "objective.huber_delta",
+    "objective.min_snr_gamma",
+    "objective.p2_gamma",
+    "objective.p2_k",
+    "objective.offset_noise",
+    "objective.vlb_weight",
 )
 NAMES: dict[str, Any] = {
     "first_stage.kind": build.AUTOENCODERS,
@@ -96,7 +107,13 @@ NAMES: dict[str, Any] = {
     "text_encoder.dtype": build.DTYPES,
     "unet.dtype": build.DTYPES,
     "schedule.name": BETAS,
+    "objective.prediction_type": PREDICTION_TYPES,
+    "objective.loss": LOSSES,
+    "objective.weighting": WEIGHTINGS,
     "sample.sampler": SAMPLERS,
+    "sample.variance": VARIANCES,
+    "sample.spacing": SPACINGS,
+    "sample.sigmas": SIGMAS,
 }
 
 
@@ -250,13 +267,30 @@ def _check_second_stage(config: ConfigDict) -> None:
             f"tokenizer.max_length={config.tokenizer.max_length} must be at least 3: a caption "
             "stands between two other tokens"
         )
+    if config.schedule.zero_terminal_snr and config.objective.prediction_type == "epsilon":
+        raise UserError(
+            "schedule.zero_terminal_snr needs objective.prediction_type='v' or 'z_0': epsilon says "
+            "nothing of the image where all is noise"
+        )
     if config.sample.steps > config.schedule.num_timesteps:
         raise UserError(
             f"sample.steps={config.sample.steps} must be at most schedule.num_timesteps="
             f"{config.schedule.num_timesteps}"
         )
+    if config.sample.variance == "learned" and not config.objective.learned_variance:
+        raise UserError("sample.variance='learned' needs objective.learned_variance")
+    try:
+        build.sample_plan(config)
+    except ValueError as error:
+        raise UserError(f"sample: {error}") from error
     if not config.sample.prompts:
         raise UserError("sample.prompts is empty; previews need at least one prompt")
+    if bool(unet.num_heads) == bool(unet.head_dim):
+        raise UserError(
+            f"unet.num_heads={unet.num_heads} and unet.head_dim={unet.head_dim}: one of them must "
+            f"be 0 and the other not"
+        )
     attended = [unet.channels * unet.channel_multipliers[i] for i in (*unet.attention_levels, -1)]
-    if any(width % unet.head_dim for width in attended):
-        raise UserError(f"unet.head_dim={unet.head_dim} must divide the attended widths {attended}")
+    for key in ("num_heads", "head_dim"):
+        if unet[key] and any(width % unet[key] for width in attended):
+            raise UserError(f"unet.{key}={unet[key]} must divide the attended widths {attended}")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from latent_diffusion_jax.conditioning.base import Cond
+from latent_diffusion_jax.conditioning.prompts import encode_chunks
 from latent_diffusion_jax.diffusion.schedules import NoiseSchedule
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.models.unet import UNet
@@ -23,23 +24,60 @@ Params = Any
 class LatentDiffusion:
     """The networks of one model; parameters are always arguments.
 
-    The parameters are one dict with the keys `autoencoder`, `scale_factor`, `conditioner`, `unet`.
+    The parameters are one dict with the keys `autoencoder`, `scale_factor`, `conditioner`, `unet`;
+    without those of a network that is None.
+
+    Attributes:
+      autoencoder: the first stage; None where diffusion is in the space of pixels.
+      conditioner: token ids [B, L] -> context [B, L, D]; None for an unconditional model.
+      unet: the denoiser.
+      schedule: the forward process.
+      image_size: pixels a side that it was trained on.
+      prediction_type: what the UNet predicts, one of `PREDICTION_TYPES`.
     """
 
-    autoencoder: AutoencoderKL | AutoencoderVQ
-    conditioner: nn.Module  # token ids [B, L] -> context [B, L, D]
+    autoencoder: AutoencoderKL | AutoencoderVQ | None
+    conditioner: nn.Module | None
     unet: UNet
     schedule: NoiseSchedule
-    image_size: int  # pixels
+    image_size: int
+    prediction_type: str = "epsilon"
+
+    @property
+    def factor(self) -> int:
+        """Pixels along a latent's side."""
+        return self.autoencoder.downsampling_factor if self.autoencoder else 1
+
+    @property
+    def channels(self) -> int:
+        """Of a latent."""
+        if self.autoencoder is not None:
+            return self.autoencoder.embed_dim
+        return self.unet.out_channels
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(h, w, c) of a latent."""
-        size = self.image_size // self.autoencoder.downsampling_factor
-        return size, size, self.autoencoder.embed_dim
+        """(h, w, c) of a latent at the size that the model was trained on."""
+        return self.shape_of(self.image_size, self.image_size)
+
+    def shape_of(self, height: int, width: int) -> tuple[int, int, int]:
+        """(h, w, c) of the latents of images of `height` x `width` pixels.
+
+        Raises:
+          ValueError: the networks do not divide these.
+        """
+        step = self.factor * 2 ** (len(self.unet.channel_multipliers) - 1)
+        if height < step or width < step or height % step or width % step:
+            raise ValueError(
+                f"height and width must be multiples of {step} for this model, got {height} and "
+                f"{width}"
+            )
+        return height // self.factor, width // self.factor, self.channels
 
     def encode(self, params: Params, images: jax.Array, noise: jax.Array) -> jax.Array:
         """Images [B, H, W, C] in [-1, 1] -> scaled latents of unit variance [B, h, w, c]."""
+        if self.autoencoder is None:
+            return images
         posterior = self.autoencoder.apply(
             {"params": params["autoencoder"]}, images, method="encode"
         )
@@ -47,29 +85,57 @@ class LatentDiffusion:
 
     def sample_latents(self, params: Params, moments: jax.Array, noise: jax.Array) -> jax.Array:
         """What `encode` gives, from the posterior's moments [B, h, w, c'] as they were stored."""
+        assert self.autoencoder is not None
         posterior = self.autoencoder.posterior.from_moments(moments)
         return posterior.sample(noise) * params["scale_factor"]
 
     def decode(self, params: Params, z_0: jax.Array) -> jax.Array:
         """Scaled latents [B, h, w, c] -> images [B, H, W, C], near [-1, 1] but not clipped."""
+        if self.autoencoder is None:
+            return z_0
         z = z_0 / params["scale_factor"]
         return self.autoencoder.apply({"params": params["autoencoder"]}, z, method="decode")
 
     def condition(self, params: Params, tokens: jax.Array) -> Cond:
         """Token ids [B, L] -> condition."""
-        return Cond(context=self.conditioner.apply({"params": params["conditioner"]}, tokens))
+        return Cond(context=self._context(params, tokens))
 
-    def predict_epsilon(
-        self, params: Params, z_t: jax.Array, t: jax.Array, cond: Cond
+    def condition_chunks(self, params: Params, tokens: jax.Array, weights: jax.Array) -> Cond:
+        """Token ids [B, K, L] in chunks, and weights of the same shape -> condition."""
+        context = encode_chunks(lambda ids: self._context(params, ids), tokens, weights)
+        return Cond(context=context)
+
+    def _context(self, params: Params, tokens: jax.Array) -> jax.Array:
+        assert self.conditioner is not None
+        return self.conditioner.apply({"params": params["conditioner"]}, tokens)
+
+    def predict(
+        self,
+        params: Params,
+        z_t: jax.Array,
+        t: jax.Array,
+        cond: Cond,
+        dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Noisy latents [B, h, w, c], timesteps [B] and a condition -> epsilon [B, h, w, c]."""
-        return self.unet.apply({"params": params["unet"]}, z_t, t, cond.context)
+        """Noisy latents [B, h, w, c], timesteps [B] and a condition -> what the UNet predicts.
+
+        With a `dropout_key`, as in training, the UNet's dropout is active.
+        """
+        if cond.concat is not None:
+            z_t = jnp.concatenate([z_t, cond.concat.astype(z_t.dtype)], axis=-1)
+        rngs = {} if dropout_key is None else {"dropout": dropout_key}
+        return self.unet.apply(
+            {"params": params["unet"]}, z_t, t, cond.context, cond.vector, rngs=rngs
+        )
 
     def init_trained(self, key: jax.Array, max_length: int) -> Params:
         """Fresh parameters of the parts that the second stage trains: conditioner and UNet."""
         key_conditioner, key_unet = jax.random.split(key)
-        tokens = jnp.zeros((1, max_length), jnp.int32)
-        conditioner, variables = self.conditioner.init_with_output(key_conditioner, tokens)
+        params, context = {}, None
+        if self.conditioner is not None:
+            tokens = jnp.zeros((1, max_length), jnp.int32)
+            context, variables = self.conditioner.init_with_output(key_conditioner, tokens)
+            params["conditioner"] = variables["params"]
         latents = jnp.zeros((1, *self.latent_shape))
-        unet = self.unet.init(key_unet, latents, jnp.zeros(1, jnp.int32), conditioner)
-        return {"conditioner": variables["params"], "unet": unet["params"]}
+        unet = self.unet.init(key_unet, latents, jnp.zeros(1, jnp.int32), context)
+        return params | {"unet": unet["params"]}

@@ -1,148 +1,405 @@
-"""Sampling from Python: load a trained workdir, then draw images from prompts.
+"""Sampling from Python: load a model, then draw images from prompts.
 
-pipe = pipelines.load("runs/digits")
-images = pipe(["a handwritten seven"] * 4, seed=0)  # uint8 [4, H, W, 3]
+pipe = latent_diffusion_jax.load("runs/digits")
+images = pipe("a handwritten seven", num_images=4, seed=0)  # uint8 [4, H, W, 3]
 """
 
-import json
+import dataclasses
+import math
 import pathlib
+import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import tokenizers
 from ml_collections import ConfigDict
+from PIL import Image
 
-from latent_diffusion_jax import build, first_stages
-from latent_diffusion_jax.conditioning import text
-from latent_diffusion_jax.conditioning import tokenizers as captions
+from latent_diffusion_jax import loading
+from latent_diffusion_jax.conditioning import prompts as weighted_prompts
+from latent_diffusion_jax.conditioning.tokenizers import PromptTokenizer
+from latent_diffusion_jax.diffusion.plan import Plan
 from latent_diffusion_jax.ldm import LatentDiffusion
-from latent_diffusion_jax.runtime import checkpoints, images, sharding
-from latent_diffusion_jax.runtime.compilation import compiler_options
+from latent_diffusion_jax.loading import Model
+from latent_diffusion_jax.runtime import images as pictures
+from latent_diffusion_jax.runtime import sharding
+from latent_diffusion_jax.runtime.compilation import compiler_options, use_persistent_cache
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.sampling import Draw, make_txt2img
+from latent_diffusion_jax.sampling import Request, Settings, make_draw, make_plan
 
 MAX_SEED = 2**32 - 1
+Picture = str | pathlib.Path | Image.Image | np.ndarray
 
 
 class Pipeline:
-    """A trained text-to-image model, ready to draw.
+    """A trained model, ready to draw.
 
     Attributes:
-      config: the config that it was trained with.
-      ldm: its networks.
-      params: its parameters (the moving average's).
-      tokenizer: its tokenizer.
+      model: networks, parameters, tokenizer and usual settings.
     """
 
-    def __init__(
-        self, config: ConfigDict, ldm: LatentDiffusion, params: Any, tokenizer: tokenizers.Tokenizer
-    ):
-        self.config, self.ldm, self.params, self.tokenizer = config, ldm, params, tokenizer
-        self._programs: dict[tuple[str, int], Draw] = {}
+    def __init__(self, model: Model):
+        self.model = model
+        devices = jax.devices()
+        self._mesh = sharding.make_mesh({"data": len(devices), "fsdp": 1, "tensor": 1}, devices)
+        self._params = jax.device_put(model.params, sharding.replicated(self._mesh))
+        self._programs: dict[tuple[int, int, int], Any] = {}
+        self._compiled: set[Any] = set()
 
-    def program(self, sampler: str, steps: int) -> Draw:
-        """The jitted sampling function for a sampler and a number of steps, made once."""
-        if (sampler, steps) not in self._programs:
+    @property
+    def ldm(self) -> LatentDiffusion:
+        return self.model.ldm
+
+    @property
+    def tokenizer(self) -> PromptTokenizer | None:
+        return self.model.tokenizer
+
+    @property
+    def config(self) -> ConfigDict:
+        """The config that it was trained with.
+
+        Raises:
+          UserError: it was not trained here.
+        """
+        if self.model.config is None:
+            raise UserError("this model comes from elsewhere and has no config")
+        return self.model.config
+
+    @property
+    def params(self) -> Any:
+        return self._params
+
+    def program(self, height: int, width: int, num_previews: int = 0) -> Any:
+        """The jitted sampling function for a size, made once; see `sampling.make_draw`."""
+        key = (height, width, num_previews)
+        if key not in self._programs:
             try:
-                self._programs[sampler, steps] = jax.jit(
-                    make_txt2img(self.ldm, sampler, steps), compiler_options=compiler_options()
+                draw = make_draw(
+                    self.ldm,
+                    height,
+                    width,
+                    num_previews=num_previews,
+                    masked=self.model.sees_mask,
                 )
             except ValueError as error:
                 raise UserError(str(error)) from error
-        return self._programs[sampler, steps]
+            self._programs[key] = jax.jit(draw, compiler_options=compiler_options())
+        return self._programs[key]
 
     def __call__(
         self,
-        prompts: str | Sequence[str],
+        prompt: str | Sequence[str] = "",
         *,
+        negative_prompt: str | Sequence[str] = "",
+        num_images: int = 1,
         seed: int | Sequence[int] = 0,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         sampler: str | None = None,
         eta: float | None = None,
+        sigmas: str | None = None,
+        spacing: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        image: Picture | None = None,
+        mask: Picture | None = None,
+        strength: float = 0.8,
+        latents: np.ndarray | None = None,
+        variation_seed: int | None = None,
+        variation_strength: float = 0.0,
+        max_chunks: int = 4,
         batch_size: int | None = None,
-    ) -> np.ndarray:
-        """Draws one image for each prompt; what is None comes from the config's `sample`.
+        previews: int = 0,
+    ) -> Any:
+        """Draws images; what is None is the model's usual value.
+
+        Only the size, the batch size, the number of chunks of a prompt and what kinds of arguments
+        there are (a prompt, an image, a mask) make a new program; all else, sampler and number of
+        steps too, are numbers in its arguments.
 
         Args:
-          prompts: one prompt or several.
+          prompt: one or several. `(word:1.3)` weighs a word, see `conditioning.prompts`.
+          negative_prompt: what guidance leads away from; one, or one for each prompt.
+          num_images: images of each prompt.
           seed: of the first image, the next ones count up from it; or one for each image. An
             image is the same for the same prompt and seed, whatever else is drawn beside it.
           steps: sampling steps, 1 to the schedule's timesteps.
           guidance_scale: 1 is no guidance; more follows the prompt more closely.
-          sampler: `ddim` or `ddpm`.
+          guidance_rescale: 0 .. 1 against overexposure by large scales.
+          guidance_interval: (low, high) in [0, 1] of the timesteps; no guidance outside.
+          sampler: one of `diffusion.samplers.SAMPLERS`.
           eta: DDIM's noise, 0 for none.
-          batch_size: images drawn at once; a new value compiles a new program.
+          sigmas: `schedule` or `karras`.
+          spacing: of timesteps, see `diffusion.noise_levels`.
+          height, width: pixels; also larger than in training.
+          image: a file or picture to start from; resized to height x width.
+          mask: a file or picture, white where `image` is to be painted anew.
+          strength: how much of `image` is redrawn, 0 .. 1.
+          latents: starting noise [N, h, w, c], in place of what the seeds give.
+          variation_seed: of other noise that each start is turned towards.
+          variation_strength: how far, 0 .. 1.
+          max_chunks: chunks of tokens that a prompt may fill; what is beyond is cut off, with a
+            warning.
+          batch_size: images drawn at once.
+          previews: also return how the image comes about, at so many steps.
 
         Returns:
-          uint8 [N, H, W, C].
+          uint8 [N, H, W, C]; with `previews`, that and uint8 [previews, N, H, W, C].
 
         Raises:
-          UserError: an argument is out of its range.
+          UserError: an argument is out of its range, or does not fit the model.
         """
-        defaults = self.config.sample
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if isinstance(seed, int | np.integer):
-            seeds = [int(seed) + i for i in range(len(prompts))]
-        else:
-            seeds = [int(s) for s in seed]
-        if not prompts:
-            raise UserError("no prompts to draw")
-        if len(seeds) != len(prompts):
-            raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts")
-        if not all(0 <= s <= MAX_SEED for s in seeds):
-            raise UserError(f"seeds must be in 0..{MAX_SEED}, got {min(seeds)}..{max(seeds)}")
-        sampler = defaults.sampler if sampler is None else sampler
-        steps = defaults.steps if steps is None else steps
-        scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        eta = defaults.eta if eta is None else eta
-        size = defaults.batch_size if batch_size is None else batch_size
-        if size < 1:
-            raise UserError(f"batch_size must be at least 1, got {size}")
-        if not 0.0 <= eta <= 1.0:
-            raise UserError(f"eta must be in [0, 1], got {eta}")
-        program = self.program(sampler, steps)
-        tokens = captions.encode(self.tokenizer, prompts)
-        null = text.null_tokens(self.tokenizer)
-        drawn = []
-        for start in range(0, len(prompts), size):
-            # The last batch is filled up, so that all run the one program.
-            rows = np.minimum(np.arange(start, start + size), len(prompts) - 1)
-            batch = program(
-                self.params,
-                tokens[rows],
-                null,
-                np.array(seeds, np.uint32)[rows],
-                np.float32(scale),
-                np.float32(eta),
+        chosen: dict[str, Any] = {
+            "sampler": sampler,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "guidance_rescale": guidance_rescale,
+            "guidance_interval": guidance_interval,
+            "eta": eta,
+            "sigmas": sigmas,
+            "spacing": spacing,
+        }
+        settings = dataclasses.replace(
+            self.model.settings, **{k: v for k, v in chosen.items() if v is not None}
+        )
+        prompts = _repeated(_listed(prompt), num_images, "num_images")
+        size = self._size(height, width)
+        seeds = _seeds(seed, len(prompts))
+        if mask is not None and image is None:
+            raise UserError("a mask needs an image to paint into")
+        if self.model.sees_mask and mask is None:
+            raise UserError("this model paints into images: give image and mask")
+        if previews < 0:
+            raise UserError(f"previews must not be negative, got {previews}")
+        starts = image is not None and not (mask is not None and strength == 1.0)
+        try:
+            plan = make_plan(
+                self.ldm.schedule,
+                self.ldm.prediction_type,
+                settings,
+                strength if starts else None,
+                previews,
             )
-            drawn.append(images.to_uint8(np.asarray(batch))[: len(prompts) - start])
-        return np.concatenate(drawn)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        program = self.program(*size, previews)
+        rows = self._rows(
+            prompts,
+            negative_prompt,
+            num_images,
+            settings,
+            seeds,
+            max_chunks,
+            latents,
+            size,
+            (variation_seed, variation_strength),
+        )
+        shared = self._shared(settings, image, mask, size, variation_seed, variation_strength)
+        return self._draw(program, plan, rows, shared, size, batch_size, previews)
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        size = self.ldm.image_size
+        return (size if height is None else height), (size if width is None else width)
+
+    def _rows(
+        self,
+        prompts: list[str],
+        negative_prompt: str | Sequence[str],
+        num_images: int,
+        settings: Settings,
+        seeds: list[int],
+        max_chunks: int,
+        latents: np.ndarray | None,
+        size: tuple[int, int],
+        variation: tuple[int | None, float],
+    ) -> dict[str, np.ndarray]:
+        """The parts of a request that have a row for each image."""
+        count = len(prompts)
+        rows: dict[str, np.ndarray] = {"seeds": np.array(seeds, np.uint32)}
+        if self.tokenizer is None:
+            if any(prompts) or negative_prompt:
+                raise UserError("this model takes no prompt: it is unconditional")
+        else:
+            negatives = _listed(negative_prompt)
+            if len(negatives) == 1:
+                negatives *= count
+            else:
+                negatives = _repeated(negatives, num_images, "num_images")
+            if len(negatives) != count:
+                raise UserError(
+                    f"{len(negatives) // num_images} negative prompts for {count // num_images} "
+                    "prompts"
+                )
+            guided = settings.guidance_scale != 1.0
+            wanted = prompts + negatives if guided else prompts
+            tokens, weights = weighted_prompts.tokenize_weighted(self.tokenizer, wanted, max_chunks)
+            rows |= {"tokens": tokens[:count], "weights": weights[:count]}
+            if guided:
+                rows |= {"null_tokens": tokens[count:], "null_weights": weights[count:]}
+        shape = self.ldm.shape_of(*size)
+        if latents is not None:
+            if np.shape(latents) not in ((count, *shape), (1, *shape)):
+                raise UserError(
+                    f"latents must be [{count}, {', '.join(map(str, shape))}], got "
+                    f"{np.shape(latents)}"
+                )
+            rows["noise"] = np.broadcast_to(np.asarray(latents, np.float32), (count, *shape))
+        if variation[0] is not None:
+            if not 0 <= variation[0] <= MAX_SEED:
+                raise UserError(f"variation_seed must be in 0..{MAX_SEED}, got {variation[0]}")
+            if not 0.0 <= variation[1] <= 1.0:
+                raise UserError(f"variation_strength must be in [0, 1], got {variation[1]}")
+            if latents is not None:
+                raise UserError("give either latents or variation_seed")
+            others = (variation[0] + np.arange(count)) % (MAX_SEED + 1)
+            rows["variation_seeds"] = others.astype(np.uint32)
+        return rows
+
+    def _shared(
+        self,
+        settings: Settings,
+        image: Picture | None,
+        mask: Picture | None,
+        size: tuple[int, int],
+        variation_seed: int | None,
+        variation_strength: float,
+    ) -> dict[str, np.ndarray]:
+        """The parts of a request that all images have in common."""
+        shared: dict[str, Any] = {}
+        if self.tokenizer is not None and settings.guidance_scale != 1.0:
+            shared["guidance_rescale"] = np.float32(settings.guidance_rescale)
+        if variation_seed is not None:
+            shared["variation_strength"] = np.float32(variation_strength)
+        if image is not None:
+            shared["image"] = pictures.to_float(_pixels(image, size, "RGB"))
+        if mask is not None:
+            shared["mask"] = (_pixels(mask, size, "L") / 255.0).astype(np.float32)
+        return shared
+
+    def _draw(
+        self,
+        program: Any,
+        plan: Plan,
+        rows: dict[str, np.ndarray],
+        shared: dict[str, np.ndarray],
+        size: tuple[int, int],
+        batch_size: int | None,
+        previews: int,
+    ) -> Any:
+        count, devices = len(rows["seeds"]), self._mesh.size
+        most = self.model.batch_size * devices if batch_size is None else batch_size
+        if most < 1:
+            raise UserError(f"batch_size must be at least 1, got {most}")
+        most = min(most, count) if batch_size is None else most
+        if most > devices:
+            most = math.ceil(most / devices) * devices
+        split = sharding.batch_sharding(self._mesh) if most % devices == 0 else None
+        split = split or sharding.replicated(self._mesh)
+        same = sharding.replicated(self._mesh)
+        drawn, shown = [], []
+        for start in range(0, count, most):
+            # The last batch is filled up, so that all run the one program.
+            chosen = np.minimum(np.arange(start, start + most), count - 1)
+            batch = {name: jax.device_put(row[chosen], split) for name, row in rows.items()}
+            for name, value in shared.items():
+                if name in ("image", "mask"):
+                    value = jax.device_put(np.repeat(value[None], most, axis=0), split)
+                batch[name] = value
+            request = Request(**batch)
+            found, steps = self._run(program, request, jax.device_put(plan, same), size)
+            drawn.append(pictures.to_uint8(np.asarray(found))[: count - start])
+            shown.append(pictures.to_uint8(np.asarray(steps))[:, : count - start])
+        images = np.concatenate(drawn)
+        return (images, np.concatenate(shown, axis=1)) if previews else images
+
+    def _run(self, program: Any, request: Request, plan: Plan, size: tuple[int, int]) -> Any:
+        shapes = jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), request)
+        kind = (id(program), str(shapes))
+        if kind in self._compiled:
+            return program(self._params, request, plan)
+        print(
+            f"compiling the sampler for {len(request.seeds)} image(s) of {size[0]}x{size[1]}; this "
+            "is done once for each kind of call ...",
+            file=sys.stderr,
+        )
+        start = time.perf_counter()
+        compiled = jax.block_until_ready(program(self._params, request, plan))
+        seconds = time.perf_counter() - start
+        print(f"compiled and drew in {seconds:.1f} s", file=sys.stderr)
+        self._compiled.add(kind)
+        return compiled
 
 
-def load(workdir: str | pathlib.Path) -> Pipeline:
-    """Loads what `train` left in a workdir: the moving average of the second stage, the decoder.
+def _listed(prompt: str | Sequence[str]) -> list[str]:
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise UserError("no prompts to draw")
+    return prompts
+
+
+def _repeated(prompts: list[str], count: int, name: str) -> list[str]:
+    if count < 1:
+        raise UserError(f"{name} must be at least 1, got {count}")
+    return [prompt for prompt in prompts for _ in range(count)]
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    if isinstance(seed, int | np.integer):
+        seeds = [int(seed) + i for i in range(count)]
+    else:
+        seeds = [int(s) for s in seed]
+    if len(seeds) != count:
+        raise UserError(f"{len(seeds)} seeds for {count} images")
+    if not all(0 <= s <= MAX_SEED for s in seeds):
+        raise UserError(f"seeds must be in 0..{MAX_SEED}, got {min(seeds)}..{max(seeds)}")
+    return seeds
+
+
+def _pixels(picture: Picture, size: tuple[int, int], mode: str) -> np.ndarray:
+    """A picture as uint8 [H, W, C], C = 3 for RGB and 1 for L, at `size`."""
+    if isinstance(picture, str | pathlib.Path):
+        picture = pictures.read(picture, len(mode))
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.squeeze().ndim not in (2, 3):
+            raise UserError(
+                f"images as arrays must be uint8 [H, W, C], got {picture.dtype} {picture.shape}"
+            )
+        picture = Image.fromarray(picture.squeeze())
+    loaded = picture.convert(mode)
+    if loaded.size != size[::-1]:
+        filtered = Image.Resampling.LANCZOS if mode == "RGB" else Image.Resampling.NEAREST
+        loaded = loaded.resize(size[::-1], filtered)
+    pixels = np.asarray(loaded)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def load(
+    path: str | pathlib.Path,
+    *,
+    dtype: str = "float32",
+    tokenizer: str | pathlib.Path | None = None,
+    ema: bool = True,
+    num_heads: int | None = None,
+) -> Pipeline:
+    """Loads a model to draw with.
+
+    Args:
+      path: a workdir of `train`, a folder of diffusers (Stable Diffusion 1.x and 2.x, LDM), or a
+        single file of CompVis' layout (.safetensors or .ckpt).
+      dtype: of parameters and computation, `float32` or `bfloat16`.
+      tokenizer: folder of CLIP's tokenizer, for single files, which hold none.
+      ema: the moving average of the weights where a file holds both.
+      num_heads: of the UNet's attention, for single files, which do not say; see
+        `weights.unet_compvis`.
 
     Raises:
-      UserError: the workdir has no trained second stage, or a checkpoint is damaged.
+      UserError: nothing is there, or it is damaged, incomplete or of another kind.
     """
-    workdir = pathlib.Path(workdir).expanduser().absolute()
-    if not workdir.is_dir():
-        raise UserError(f"workdir {workdir} does not exist")
-    directory = workdir / "diffusion"
-    step = checkpoints.latest_step(directory)
-    if step is None:
-        raise UserError(f"{workdir} has no checkpoint of the diffusion stage; train it first")
-    config = ConfigDict(checkpoints.read_json(directory, step, "config"))
-    tokenizer = captions.load(json.dumps(checkpoints.read_json(directory, step, "tokenizer")))
-    ldm = build.latent_diffusion(config, tokenizer.get_vocab_size(), captions.max_length(tokenizer))
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    length = captions.max_length(tokenizer)
-    shapes = {"ema": jax.eval_shape(lambda key: ldm.init_trained(key, length), jax.random.key(0))}
-    average = checkpoints.restore_part(
-        directory, step, checkpoints.abstract(shapes, sharding.state_sharding(shapes, mesh))
-    )["ema"]
-    frozen = first_stages.load_frozen(config, workdir, mesh)
-    return Pipeline(config, ldm, frozen | average, tokenizer)
+    use_persistent_cache()
+    return Pipeline(
+        loading.load_model(path, dtype=dtype, tokenizer=tokenizer, ema=ema, num_heads=num_heads)
+    )

@@ -3,19 +3,22 @@ r"""Draws images from prompts with a trained model.
   python -m latent_diffusion_jax.sample --workdir=runs/digits --prompt="a handwritten seven" \
       --num_images=16 --out=grid.png
 
+--workdir, or --model, is a workdir of train, a folder of diffusers or a single file of CompVis'
+layout. --image starts from a picture, --mask paints into its white parts.
+
 Many at once: --prompts_file=FILE (one a line) and --out=DIR/ (one PNG an image, and a
 metadata.jsonl with the prompt and the seed of each).
 """
 
 import json
 import pathlib
-import sys
 
 import numpy as np
 from absl import flags
 
-from latent_diffusion_jax import pipelines
-from latent_diffusion_jax.conditioning import tokenizers as captions
+from latent_diffusion_jax import build, pipelines
+from latent_diffusion_jax.diffusion.noise_levels import SIGMAS
+from latent_diffusion_jax.diffusion.samplers import SAMPLERS
 from latent_diffusion_jax.runtime import images, loggers
 from latent_diffusion_jax.runtime.commands import run
 from latent_diffusion_jax.runtime.errors import UserError
@@ -55,8 +58,15 @@ def write_folder(
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "Folder that train wrote.", required=True)
+    flags.DEFINE_string(
+        "workdir", None, "Folder that train wrote, folder of diffusers, or file of CompVis' "
+        "layout.", required=True,
+    )  # fmt: skip
+    flags.DEFINE_alias("model", "workdir")
+    flags.DEFINE_enum("dtype", "float32", sorted(build.DTYPES), "Of the computation.")
+    flags.DEFINE_string("tokenizer", None, "Folder of the tokenizer, for single files.")
     flags.DEFINE_string("prompt", None, "What to draw.")
+    flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
     flags.DEFINE_string(
         "prompts_file", None, "File with a prompt on each line, instead of --prompt."
     )
@@ -64,11 +74,21 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Seed of the first image; the next ones count up from it.")
     flags.DEFINE_integer("steps", None, "Sampling steps; default from the config.", lower_bound=1)
     flags.DEFINE_float("guidance_scale", None, "1 is no guidance; default from the config.")
-    flags.DEFINE_string("sampler", None, "ddim or ddpm; default from the config.")
+    flags.DEFINE_enum("sampler", None, sorted(SAMPLERS), "Default from the config.")
+    flags.DEFINE_enum("sigmas", None, SIGMAS, "Noise levels; default from the config.")
     flags.DEFINE_float("eta", None, "DDIM's noise, 0 to 1; default from the config.")
     flags.DEFINE_integer(
         "batch_size", None, "Images drawn at once; default from the config.", lower_bound=1
     )
+    flags.DEFINE_integer("height", None, "Pixels; default as in training.", lower_bound=1)
+    flags.DEFINE_integer("width", None, "Pixels; default as in training.", lower_bound=1)
+    flags.DEFINE_string("image", None, "Picture to start from.")
+    flags.DEFINE_string("mask", None, "Picture, white where --image is painted anew.")
+    flags.DEFINE_float("strength", 0.8, "How much of --image is redrawn, 0 to 1.")
+    flags.DEFINE_integer(
+        "max_chunks", 4, "Chunks of tokens that a prompt may fill, the rest is cut off.",
+        lower_bound=1,
+    )  # fmt: skip
     flags.DEFINE_string("out", "grid.png", "A .png for one grid; a folder, with a / at its end or "
                         "already there, for one PNG an image.")  # fmt: skip
 
@@ -84,21 +104,25 @@ def main() -> None:
         (out if to_folder else out.parent).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to --out={FLAGS.out}: {error.strerror}") from error
-    pipe = pipelines.load(FLAGS.workdir)
-    for prompt in prompts:
-        if lost := captions.cut_off(pipe.tokenizer, prompt):
-            length = captions.max_length(pipe.tokenizer)
-            print(f"warning: only {length} tokens fit, cut off: {lost!r}", file=sys.stderr)
+    pipe = pipelines.load(FLAGS.workdir, dtype=FLAGS.dtype, tokenizer=FLAGS.tokenizer)
     prompts = [prompt for prompt in prompts for _ in range(FLAGS.num_images)]
     seeds = [FLAGS.seed + i for i in range(len(prompts))]
     drawn = pipe(
         prompts,
+        negative_prompt=FLAGS.negative_prompt,
         seed=seeds,
         steps=FLAGS.steps,
         guidance_scale=FLAGS.guidance_scale,
         sampler=FLAGS.sampler,
+        sigmas=FLAGS.sigmas,
         eta=FLAGS.eta,
-        batch_size=FLAGS.batch_size or min(len(prompts), pipe.config.sample.batch_size),
+        height=FLAGS.height,
+        width=FLAGS.width,
+        image=FLAGS.image,
+        mask=FLAGS.mask,
+        strength=FLAGS.strength,
+        max_chunks=FLAGS.max_chunks,
+        batch_size=FLAGS.batch_size,
     )
     if to_folder:
         write_folder(out, drawn, prompts, seeds)

@@ -161,6 +161,9 @@ def changed(key: str, value) -> ConfigDict:
         ),
         ("unet.head_dim", 24, ["unet.head_dim=24"]),
         ("unet.head_dim", 64, ["unet.head_dim=64"]),  # divides one of the two widths
+        ("unet.head_dim", 0, ["unet.num_heads=0 and unet.head_dim=0", "one of them"]),
+        ("unet.num_heads", 2, ["unet.num_heads=2 and unet.head_dim=32", "one of them"]),
+        ("unet.dropout", 1.0, ["unet.dropout=1.0", "below 1"]),
         ("sample.sampler", "eular", ["'eular'", "ddim", "ddpm"]),
         ("num_steps", 0, ["num_steps=0", "at least 1"]),
         ("first_stage.num_steps", 0, ["first_stage.num_steps=0", "at least 1"]),
@@ -211,6 +214,17 @@ def test_wrong_values_of_a_first_stage_are_named(keys, said):
     assert "\n" not in str(raised.value)
     for part in said:
         assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(("num_heads", "fits"), [(4, True), (3, False)])
+def test_heads_by_their_number(num_heads, fits):
+    config = changed("unet.num_heads", num_heads)
+    config.unet.head_dim = 0
+    if fits:
+        config_checks.check_config(config)
+    else:
+        with pytest.raises(UserError, match=r"unet.num_heads=3 must divide"):
+            config_checks.check_config(config)
 
 
 @pytest.mark.parametrize("image_size", [16, 32, 64, 256])

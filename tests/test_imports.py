@@ -21,6 +21,7 @@ LAYERS = (
     ("training",),
     ("build",),
     ("first_stages", "config_checks"),
+    ("loading",),
     ("pipelines", "autoencoding"),
     ("train", "sample", "evaluate", "convert", "encode", "reconstruct"),
 )

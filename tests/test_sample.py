@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from latent_diffusion_jax import pipelines
+from latent_diffusion_jax.diffusion.samplers import SAMPLERS
 from latent_diffusion_jax.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -20,14 +21,25 @@ def pipe(trained_workdir):
     return pipelines.load(trained_workdir)
 
 
-def test_new_prompts_seeds_and_scales_compile_nothing(pipe):
-    pipe("a handwritten seven", batch_size=4)
-    program = pipe.program("ddim", 4)
-    assert program._cache_size() == 1
-    for i in range(5):
-        pipe(["the digit 3, written by hand"] * (i + 1), seed=i * 100, guidance_scale=1.0 + i,
-             eta=0.2 * i, batch_size=4)  # fmt: skip
-    assert program._cache_size() == 1
+def test_fifty_calls_that_vary_everything_compile_once(pipe):
+    program, samplers = pipe.program(32, 32), sorted(SAMPLERS)
+    before = program._cache_size()
+    for i in range(50):
+        pipe(
+            ["the digit 3, (written:1.5) by hand", "a handwritten seven"][i % 2 :],
+            negative_prompt="a nine" if i % 3 else "",
+            seed=i * 100,
+            guidance_scale=1.5 + i,
+            guidance_rescale=i / 50,
+            guidance_interval=(0.0, 1.0 - i / 100),
+            sampler=samplers[i % len(samplers)],
+            sigmas=("schedule", "karras")[i % 2],
+            steps=1 + i % 5,
+            eta=i / 50,
+            num_images=1 + i % 2,
+            batch_size=4,
+        )
+    assert program._cache_size() - before == 1
 
 
 def test_an_image_depends_on_its_prompt_and_seed_alone(pipe):
@@ -57,13 +69,30 @@ def test_settings_matter(pipe):
 
 def test_bad_arguments_are_refused(pipe, tmp_path):
     for settings, message in (
-        ({"sampler": "plms"}, "unknown sampler 'plms'; known: ddim, ddpm"),
+        ({"sampler": "dimm"}, "unknown sampler 'dimm'; known: ddpm, ddim"),
         ({"steps": 0}, r"must be in 1\.\.1000, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"steps": 1001}, r"must be in 1\.\.1000, got 1001"),
         ({"eta": 2.0}, r"eta must be in \[0, 1\]"),
         ({"seed": -1}, r"seeds must be in 0\.\."),
-        ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
+        ({"seed": [1, 2]}, "2 seeds for 1 images"),
+        ({"num_images": 0}, "num_images must be at least 1, got 0"),
+        ({"height": 30}, "height and width must be multiples of 8 for this model, got 30 and 32"),
+        ({"guidance_rescale": 1.5}, r"guidance_rescale must be in \[0, 1\], got 1.5"),
+        ({"guidance_interval": (0.9, 0.1)}, r"guidance_interval's start must be in \[0, 0.1\]"),
+        ({"sigmas": "log"}, "unknown sigmas 'log'; known: schedule, karras"),
+        ({"mask": np.zeros((32, 32), np.uint8)}, "a mask needs an image to paint into"),
+        ({"image": np.zeros((32, 32, 3), np.float32)}, "must be uint8"),
+        ({"image": "none.png"}, "cannot read image none.png"),
+        ({"image": np.zeros((32, 32, 3), np.uint8), "strength": 2.0}, r"strength must be in"),
+        (
+            {"latents": np.zeros((1, 4, 4, 3))},
+            r"latents must be \[1, 8, 8, 3\], got \(1, 4, 4, 3\)",
+        ),
+        ({"variation_seed": 1, "variation_strength": 2.0}, "variation_strength must be in"),
+        ({"negative_prompt": ["a", "b", "c"]}, "3 negative prompts for 1 prompts"),
+        ({"previews": -1}, "previews must not be negative"),
+        ({"max_chunks": 0}, "max_chunks=0 must be at least 1"),
     ):
         with pytest.raises(UserError, match=message):
             pipe("a handwritten seven", **settings)
@@ -71,7 +100,7 @@ def test_bad_arguments_are_refused(pipe, tmp_path):
         pipe([])
     with pytest.raises(UserError, match="does not exist"):
         pipelines.load(tmp_path / "none")
-    with pytest.raises(UserError, match="no checkpoint of the diffusion stage"):
+    with pytest.raises(UserError, match="is no model: it has neither model_index.json"):
         pipelines.load(tmp_path)
 
 
@@ -130,6 +159,81 @@ def test_command_refuses_bad_flags_in_one_line(trained_workdir, flags, message):
 
 def test_command_warns_of_what_a_prompt_loses(trained_workdir, tmp_path):
     done = sample(trained_workdir, f"--prompt={'a handwritten seven ' * 9}日", "--num_images=1",
-                  f"--out={tmp_path}/a.png")  # fmt: skip
+                  "--max_chunks=1", f"--out={tmp_path}/a.png")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "only 16 tokens fit, cut off: '" in done.stderr and "日" in done.stderr
+    assert "does not fit into 1 x 14 tokens; this is cut off: '" in done.stderr
+    assert "日" in done.stderr
+
+
+PHOTO = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+
+def test_previews_end_in_the_image(pipe):
+    images, previews = pipe("a handwritten seven", num_images=3, previews=4, batch_size=4)
+    assert images.shape == (3, 32, 32, 3) and previews.shape == (4, 3, 32, 32, 3)
+    assert previews.dtype == np.uint8
+    assert np.abs(previews[-1].astype(int) - images).max() <= 1
+    assert (previews[0] != previews[-1]).any()
+
+
+def test_starting_noise_can_be_given(pipe):
+    noise = np.random.default_rng(1).normal(size=(1, 8, 8, 3))
+    drawn = [pipe("a handwritten seven", latents=noise, seed=seed) for seed in (0, 1)]
+    np.testing.assert_array_equal(*drawn)
+    assert (drawn[0] != pipe("a handwritten seven", latents=-noise)).any()
+
+
+def test_variations_lie_between_two_seeds(pipe):
+    def draw(seed, **options):
+        return pipe("a handwritten seven", seed=seed, **options).astype(int)
+
+    a, b = draw(0), draw(7)
+    none, some, all_ = (draw(0, variation_seed=7, variation_strength=s) for s in (0.0, 0.3, 1.0))
+    assert np.abs(none - a).max() <= 1 and np.abs(all_ - b).max() <= 1
+    assert 0 < np.abs(some - a).mean() < np.abs(b - a).mean()
+
+
+def test_an_image_to_start_from_is_kept_as_far_as_strength_says(pipe):
+    def distance(strength):
+        drawn = pipe("a handwritten seven", image=PHOTO, strength=strength, steps=8)
+        return np.abs(drawn[0].astype(int) - kept).mean()
+
+    kept = pipe("a handwritten seven", image=PHOTO, strength=0.0)[0].astype(int)
+    distances = [distance(strength) for strength in (0.0, 0.25, 1.0)]
+    assert distances[0] == 0 and 0 < distances[1] < distances[2]
+
+
+def test_painting_into_an_image_keeps_the_rest(pipe):
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:, 16:] = 255
+    kept = pipe("a handwritten seven", image=PHOTO, strength=0.0)[0].astype(int)
+    painted = pipe("a handwritten seven", image=PHOTO, mask=mask, strength=1.0)[0].astype(int)
+    other = pipe("a handwritten seven", image=PHOTO, mask=mask, strength=1.0, seed=5)[0].astype(int)
+    # Pixels that are further from the mask than the decoder looks are the decoded image's.
+    assert np.abs(painted - kept)[:, 16:].mean() > 2 * np.abs(painted - kept)[:, :4].mean()
+    assert np.abs(painted - other)[:, 16:].max() > np.abs(painted - other)[:, :4].max()
+
+
+def test_larger_and_oblong_images(pipe):
+    assert pipe("a handwritten seven", height=64, width=40).shape == (1, 64, 40, 3)
+
+
+def test_long_prompts_fill_more_chunks(pipe):
+    long = "a handwritten seven, " * 8
+    assert pipe(long).shape == (1, 32, 32, 3)
+    assert (pipe(long) != pipe(long, max_chunks=1)).any()
+
+
+def test_the_first_call_says_that_it_compiles(pipe, capfd):
+    pipe("a handwritten seven", height=40, width=40)
+    assert "compiling the sampler for 1 image(s) of 40x40" in capfd.readouterr().err
+    pipe("a handwritten six", height=40, width=40, steps=2)
+    assert capfd.readouterr().err == ""
+
+
+def test_bfloat16_draws_nearly_the_same(trained_workdir, pipe):
+    half = pipelines.load(trained_workdir, dtype="bfloat16")
+    a, b = (p("a handwritten seven", sampler="ddim").astype(int) for p in (pipe, half))
+    assert np.abs(a - b).mean() < 8
+    with pytest.raises(UserError, match="unknown dtype 'float16'; known: float32, bfloat16"):
+        pipelines.load(trained_workdir, dtype="float16")

@@ -12,9 +12,13 @@ class Cond:
 
     Attributes:
       context: tokens for cross-attention [B, L, D], or None.
+      vector: labels [B], or vectors [B, D], that are embedded with the timestep, or None.
+      concat: maps [B, h, w, c] that the UNet sees beside z_t, after its channels, or None.
     """
 
     context: jax.Array | None = None
+    vector: jax.Array | None = None
+    concat: jax.Array | None = None
 
 
 def drop(inputs: jax.Array, null: jax.Array, keys: jax.Array, rate: float) -> jax.Array:

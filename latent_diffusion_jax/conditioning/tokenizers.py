@@ -1,6 +1,14 @@
-"""Tokenizers: captions to fixed-length token ids. The work is done by `tokenizers`."""
+"""Tokenizers: captions and prompts to fixed-length token ids. The work is done by `tokenizers`.
 
-from collections.abc import Iterable, Sequence
+Ours are trained on captions; CLIP's and BERT's come with the checkpoints that need them.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import tokenizers
@@ -9,6 +17,10 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from latent_diffusion_jax.runtime.errors import UserError
 
 PAD, START, END = "[PAD]", "[CLS]", "[SEP]"
+JSON_FILE = "tokenizer.json"
+# Beside the vocabulary in the folders of transformers.
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+MIN_VOCABULARY = 32  # fewer tokens are special ones only
 
 
 def train(captions: Iterable[str], vocab_size: int, max_length: int) -> tokenizers.Tokenizer:
@@ -78,3 +90,188 @@ def cut_off(tokenizer: tokenizers.Tokenizer, caption: str) -> str:
         return ""
     starts = [start for start, end in overflowing[0].offsets if end > start]
     return caption[starts[0] :].strip() if starts else ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptTokenizer:
+    """Prompts to token ids, whichever tokenizer does it: ours, CLIP's or BERT's.
+
+    Attributes:
+      backend: adds start and end, pads and cuts to a fixed length.
+      files: contents of the tokenizer's files by name, which `save` writes again.
+    """
+
+    backend: tokenizers.Tokenizer
+    files: Mapping[str, bytes]
+
+    @property
+    def max_length(self) -> int:
+        """Length in tokens of every encoded prompt."""
+        return max_length(self.backend)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, the special ones too; ids are below it."""
+        return self.backend.get_vocab_size()
+
+    @property
+    def null(self) -> np.ndarray:
+        """Token ids [max_length] of the empty prompt: start, end, padding."""
+        return self.encode([""])[0]
+
+    def encode(self, prompts: Sequence[str]) -> np.ndarray:
+        """Prompts -> token ids, int32 [N, max_length]."""
+        return encode(self.backend, prompts).reshape(-1, self.max_length)
+
+    def cut_off(self, prompt: str) -> str:
+        """The end of a prompt that does not fit into `max_length`, "" where all fits."""
+        return cut_off(self.backend, prompt)
+
+    def words(self, text: str) -> list[list[tuple[int, int]]]:
+        """All of a text's words as tokens (id, first character), without start, end and padding.
+
+        A word is what the tokenizer merges no tokens across: letters, a digit, punctuation.
+        """
+        encoding = self._unbounded.encode(text, add_special_tokens=False)
+        words: list[list[tuple[int, int]]] = []
+        before = None
+        for token, (start, _), word in zip(
+            encoding.ids, encoding.offsets, encoding.word_ids, strict=True
+        ):
+            if word is None or word != before:
+                words.append([])
+            words[-1].append((token, start))
+            before = word
+        return words
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes the tokenizer's files into a folder, which is made.
+
+        Raises:
+          UserError: they cannot be written.
+        """
+        folder = pathlib.Path(folder).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in self.files.items():
+                (folder / name).write_bytes(content)
+        except OSError as error:
+            raise UserError(f"cannot write the tokenizer to {folder}: {error.strerror}") from error
+
+    @functools.cached_property
+    def _unbounded(self) -> tokenizers.Tokenizer:
+        """The tokenizer without padding and cutting."""
+        copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        copy.no_padding()
+        copy.no_truncation()
+        return copy
+
+
+def prompt_tokenizer(tokenizer: tokenizers.Tokenizer) -> PromptTokenizer:
+    """A tokenizer of `train` or `load` with the face that it shares with the others."""
+    return PromptTokenizer(tokenizer, {JSON_FILE: tokenizer.to_str().encode()})
+
+
+def load_clip(
+    folder: str | pathlib.Path, vocab_size: int | None = None, max_length: int = 77
+) -> PromptTokenizer:
+    """CLIP's tokenizer from a folder of transformers' `CLIPTokenizer`.
+
+    Padding is with the files' `pad_token`: the end token in Stable Diffusion 1, "!" in 2.
+
+    Args:
+      folder: has `vocab.json` and `merges.txt`, or `tokenizer.json`.
+      vocab_size: of the text encoder, which the tokenizer's must be.
+      max_length: of the text encoder, in tokens.
+
+    Raises:
+      UserError: the folder or its files are missing or damaged, or are another checkpoint's.
+    """
+    needed = (("vocab.json", "merges.txt"), (JSON_FILE,))
+    tokenizer = _load_pretrained("CLIPTokenizer", folder, needed, vocab_size, max_length)
+    if JSON_FILE not in tokenizer.files:
+        _check_merges(tokenizer, str(folder))
+    return tokenizer
+
+
+def load_bert(
+    folder: str | pathlib.Path, vocab_size: int | None = None, max_length: int = 77
+) -> PromptTokenizer:
+    """BERT's tokenizer, which LDM's text-to-image models have, from a `BertTokenizer`'s folder.
+
+    Args:
+      folder: has `vocab.txt` or `tokenizer.json`.
+      vocab_size: of the text encoder, which the tokenizer's must be.
+      max_length: of the text encoder, in tokens.
+
+    Raises:
+      UserError: the folder or its files are missing or damaged, or are another checkpoint's.
+    """
+    needed = (("vocab.txt",), (JSON_FILE,))
+    return _load_pretrained("BertTokenizer", folder, needed, vocab_size, max_length)
+
+
+def _check_merges(tokenizer: PromptTokenizer, folder: str) -> None:
+    """Without all of its merges a tokenizer works, and gives shorter tokens than it should."""
+    lines = tokenizer.files["merges.txt"].decode().splitlines()
+    known = {line.replace(" ", "") for line in lines}
+    special = {token.content for token in tokenizer.backend.get_added_tokens_decoder().values()}
+    lost = [
+        token
+        for token in json.loads(tokenizer.files["vocab.json"])
+        if len(token.removesuffix("</w>")) > 1 and token not in known and token not in special
+    ]
+    if lost:
+        raise UserError(
+            f"merges.txt of the tokenizer in {folder} is cut short: it makes none of {len(lost)} "
+            f"tokens of vocab.json, such as {lost[0]!r}"
+        )
+
+
+def _load_pretrained(
+    class_name: str,
+    folder: str | pathlib.Path,
+    needed: tuple[tuple[str, ...], ...],
+    vocab_size: int | None,
+    max_length: int,
+) -> PromptTokenizer:
+    folder = pathlib.Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"there is no tokenizer folder {folder}")
+    # transformers makes an empty tokenizer, and no error, where files are missing.
+    if not any(all((folder / name).is_file() for name in names) for names in needed):
+        wanted = ", or ".join(" and ".join(names) for names in needed)
+        raise UserError(f"{folder} holds no {class_name}: it needs {wanted}")
+    # It would say that PyTorch is missing, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers  # takes a second, and our own tokenizers do without
+
+    try:
+        known = {
+            name: (folder / name).read_bytes()
+            for name in (*(name for names in needed for name in names), *SETTINGS_FILES)
+            if (folder / name).is_file()
+        }
+        pretrained = getattr(transformers, class_name).from_pretrained(
+            str(folder), local_files_only=True
+        )
+        backend = pretrained.backend_tokenizer
+        backend.enable_truncation(max_length, direction=pretrained.truncation_side)
+        backend.enable_padding(
+            direction=pretrained.padding_side,
+            pad_id=pretrained.pad_token_id,
+            pad_token=pretrained.pad_token,
+            length=max_length,
+        )
+    except Exception as error:  # the libraries raise plain Exception
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read the tokenizer in {folder}: {reason}") from error
+    size = backend.get_vocab_size()
+    if size < MIN_VOCABULARY:
+        raise UserError(f"the tokenizer in {folder} is empty: it has {size} tokens")
+    if vocab_size not in (None, size):
+        raise UserError(
+            f"the tokenizer in {folder} has {size} tokens and the text encoder {vocab_size}: it "
+            f"is not the checkpoint's"
+        )
+    return PromptTokenizer(backend, known)

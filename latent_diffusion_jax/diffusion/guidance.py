@@ -6,32 +6,51 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion_jax.diffusion.plan import Predict
+
 
 def classifier_free(
-    predict_epsilon: Callable[[jax.Array, jax.Array, Any], jax.Array],
+    predict: Callable[[jax.Array, jax.Array, Any], jax.Array],
     cond: Any,
     null_cond: Any,
-    guidance_scale: jax.Array,
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    rescale: jax.Array | float = 0.0,
+    channels: int | None = None,
+) -> Predict:
     """A predictor that moves from the unconditional prediction through the conditional one.
 
-    epsilon = epsilon_null + guidance_scale * (epsilon_cond - epsilon_null): 1 is the conditional
-    model, 0 the unconditional one. Both halves run as one batch of 2B.
+    prediction = null + guidance_scale * (cond - null): 1 is the conditional model, 0 the
+    unconditional one. It is the same whatever is predicted, since epsilon, z_0 and v depend
+    linearly on one another. Both halves run as one batch of 2B.
 
     Args:
-      predict_epsilon: (z_t [B, ...], t [B], cond) -> epsilon [B, ...].
+      predict: (z_t [B, ...], t [B], cond) -> prediction [B, ...].
       cond: condition, a pytree of arrays with leading axis B.
-      null_cond: what stands for "no condition", a pytree like `cond`.
-      guidance_scale: scalar, may be traced.
+      null_cond: what stands for "no condition", or for a negative prompt; a pytree like `cond`.
+      rescale: share in [0, 1] of the result that is scaled to the standard deviation of the
+        conditional prediction, against overexposure (Lin et al., 2024, section 3.4).
+      channels: of z_t, where more channels are predicted; the rest, variances, is the conditional
+        model's.
 
     Returns:
-      (z_t, t) -> epsilon.
+      (z_t, t, guidance_scale) -> prediction.
     """
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, null_cond)
 
-    def guided(z_t: jax.Array, t: jax.Array) -> jax.Array:
-        epsilon = predict_epsilon(jnp.concatenate([z_t, z_t]), jnp.concatenate([t, t]), both)
-        epsilon_cond, epsilon_null = jnp.split(epsilon, 2)
-        return epsilon_null + guidance_scale * (epsilon_cond - epsilon_null)
+    def guided(z_t: jax.Array, t: jax.Array, guidance_scale: jax.Array) -> jax.Array:
+        found = predict(jnp.concatenate([z_t, z_t]), jnp.concatenate([t, t]), both)
+        conditional, null = jnp.split(found, 2)
+        variance = conditional[..., channels:] if channels is not None else conditional[..., :0]
+        conditional, null = conditional[..., :channels], null[..., :channels]
+        mixed = null + guidance_scale * (conditional - null)
+        axes = tuple(range(1, mixed.ndim))
+        deviation = jnp.std(mixed, axes, keepdims=True)
+        ratio = jnp.std(conditional, axes, keepdims=True) / jnp.maximum(deviation, 1e-12)
+        mixed *= 1.0 + rescale * (ratio - 1.0)
+        return jnp.concatenate([mixed, variance], axis=-1)
 
     return guided
+
+
+def unguided(predict: Callable[[jax.Array, jax.Array, Any], jax.Array], cond: Any) -> Predict:
+    """The conditional model alone, at half the cost: guidance scales are ignored."""
+    return lambda z_t, t, guidance_scale: predict(z_t, t, cond)

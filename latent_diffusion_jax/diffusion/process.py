@@ -1,9 +1,9 @@
-"""The forward process and the conversions between z_0 and epsilon.
+"""The forward process, and what a network may predict of it.
 
 z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) epsilon (DDPM, equation 4).
 """
 
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,8 @@ import numpy as np
 
 from latent_diffusion_jax.diffusion.schedules import NoiseSchedule
 
-
-class Prediction(NamedTuple):
-    """What a denoiser says of z_t, both views of the same prediction; shapes as z_t."""
-
-    z_0: jax.Array
-    epsilon: jax.Array
+# The noise; the clean latents; v = alpha epsilon - sigma z_0 (Salimans and Ho, 2022, appendix D).
+PREDICTION_TYPES = ("epsilon", "z_0", "v")
 
 
 def signal_and_noise(
@@ -38,9 +34,42 @@ def add_noise(
     return alpha * z_0 + sigma * epsilon
 
 
-def prediction_from_epsilon(
-    schedule: NoiseSchedule, z_t: jax.Array, epsilon: jax.Array, t: jax.Array
-) -> Prediction:
-    """Solves the forward process for z_0, given a predicted epsilon."""
-    alpha, sigma = signal_and_noise(schedule, t, z_t.ndim)
-    return Prediction((z_t - sigma * epsilon) / alpha, epsilon)
+def prediction_target(
+    prediction_type: str,
+    schedule: NoiseSchedule,
+    z_0: jax.Array,
+    epsilon: jax.Array,
+    t: jax.Array,
+) -> jax.Array:
+    """What a perfect network would say of z_t; arguments as for `add_noise`."""
+    if prediction_type == "epsilon":
+        return epsilon
+    if prediction_type == "z_0":
+        return z_0
+    alpha, sigma = signal_and_noise(schedule, t, z_0.ndim)
+    return alpha * epsilon - sigma * z_0
+
+
+def z_0_coefficients(prediction_type: str, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    """(a, b) of z_0 = a z_t + b prediction, at the level (alpha, sigma).
+
+    Numbers or arrays, of numpy or jax. Infinite for `epsilon` at alpha = 0, where the noise does
+    not tell z_0.
+    """
+    if prediction_type == "epsilon":
+        return 1.0 / alpha, -sigma / alpha
+    if prediction_type == "z_0":
+        return 0.0 * alpha, 1.0 + 0.0 * alpha
+    return alpha, -sigma
+
+
+def predicted_z_0(
+    prediction_type: str,
+    schedule: NoiseSchedule,
+    z_t: jax.Array,
+    prediction: jax.Array,
+    t: jax.Array,
+) -> jax.Array:
+    """Clean latents [B, ...] from a prediction of their shape at timesteps t [B]."""
+    a, b = z_0_coefficients(prediction_type, *signal_and_noise(schedule, t, z_t.ndim))
+    return a * z_t + b * prediction

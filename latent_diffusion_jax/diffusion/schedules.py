@@ -1,11 +1,15 @@
-"""Noise schedules (how much noise at which timestep) and the timesteps that a sampler visits.
+"""Noise schedules: how much noise at which timestep.
 
-Learning-rate schedules are in `training/optimizer.py`.
+Which of the timesteps a sampler visits is in `diffusion/noise_levels.py`, learning-rate schedules
+are in `training/optimizer.py`.
 """
 
 import dataclasses
 
 import numpy as np
+
+COSINE_SHIFT = 0.008  # Improved DDPM, section 3.2
+MAX_BETA = 0.999
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +17,8 @@ class NoiseSchedule:
     """The forward process q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I).
 
     Attributes:
-      alphas_cumprod: alpha_bar_t for t = 0 .. T-1, float64, falling.
+      alphas_cumprod: alpha_bar_t for t = 0 .. T-1, float64, falling. The last one is 0 where the
+        schedule ends in pure noise ("zero terminal SNR"), else positive.
     """
 
     alphas_cumprod: np.ndarray
@@ -22,9 +27,14 @@ class NoiseSchedule:
     def num_timesteps(self) -> int:
         return len(self.alphas_cumprod)
 
+    @property
+    def betas(self) -> np.ndarray:
+        """Variance of the noise that each timestep adds, [T]."""
+        return 1.0 - self.alphas_cumprod / np.append(1.0, self.alphas_cumprod[:-1])
+
 
 def linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
-    """Betas on a line (DDPM, section 4)."""
+    """Betas on a line (DDPM, section 4); CompVis' code calls it "sqrt_linear"."""
     return np.linspace(beta_start, beta_end, num_timesteps)
 
 
@@ -33,13 +43,48 @@ def scaled_linear_betas(num_timesteps: int, beta_start: float, beta_end: float) 
     return np.linspace(beta_start**0.5, beta_end**0.5, num_timesteps) ** 2
 
 
-BETAS = {"linear": linear_betas, "scaled_linear": scaled_linear_betas}
+def sqrt_betas(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    """Squares of the betas on a line (an option of CompVis' code)."""
+    return np.linspace(beta_start, beta_end, num_timesteps) ** 0.5
+
+
+def sigmoid_betas(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    """Betas on a logistic curve from -6 to 6 (GeoDiff)."""
+    curve = 1.0 / (1.0 + np.exp(-np.linspace(-6.0, 6.0, num_timesteps)))
+    return beta_start + (beta_end - beta_start) * curve
+
+
+def cosine_betas(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    """alpha_bar on a squared cosine (Improved DDPM, equation 17); start and end are not used."""
+    del beta_start, beta_end
+    t = np.arange(num_timesteps + 1) / num_timesteps
+    alpha_bar = np.cos((t + COSINE_SHIFT) / (1.0 + COSINE_SHIFT) * np.pi / 2.0) ** 2
+    return np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], MAX_BETA)
+
+
+BETAS = {
+    "linear": linear_betas,
+    "scaled_linear": scaled_linear_betas,
+    "sqrt": sqrt_betas,
+    "sigmoid": sigmoid_betas,
+    "cosine": cosine_betas,
+}
 
 
 def make_schedule(
-    name: str, num_timesteps: int, beta_start: float, beta_end: float
+    name: str,
+    num_timesteps: int,
+    beta_start: float,
+    beta_end: float,
+    zero_terminal_snr: bool = False,
 ) -> NoiseSchedule:
     """Builds a schedule by name.
+
+    Args:
+      name: one of `BETAS`.
+      num_timesteps: T.
+      beta_start, beta_end: first and last beta.
+      zero_terminal_snr: rescale so that nothing of z_0 is left at T-1.
 
     Raises:
       ValueError: the name is not one of `BETAS`, or the betas are not in (0, 1).
@@ -49,22 +94,13 @@ def make_schedule(
     betas = BETAS[name](num_timesteps, beta_start, beta_end)
     if not (betas > 0).all() or not (betas < 1).all():
         raise ValueError(f"betas must lie in (0, 1); beta_start={beta_start}, beta_end={beta_end}")
-    return NoiseSchedule(np.cumprod(1.0 - betas))
+    schedule = NoiseSchedule(np.cumprod(1.0 - betas))
+    return rescaled_to_zero_terminal_snr(schedule) if zero_terminal_snr else schedule
 
 
-def sampling_timesteps(num_timesteps: int, num_steps: int) -> np.ndarray:
-    """Exactly `num_steps` timesteps, evenly spaced and falling from T-1 ("trailing" spacing).
-
-    Starts at the noisiest timestep that training saw, which leading spacing does not (Lin et al.,
-    2024, table 2).
-
-    Returns:
-      int32 array [num_steps], strictly falling, first element T-1.
-
-    Raises:
-      ValueError: num_steps is not in 1 .. T.
-    """
-    if not 1 <= num_steps <= num_timesteps:
-        raise ValueError(f"number of sampling steps must be in 1..{num_timesteps}, got {num_steps}")
-    spaced = num_timesteps - np.arange(num_steps) * (num_timesteps / num_steps)
-    return np.round(spaced).astype(np.int32) - 1
+def rescaled_to_zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
+    """Shifts and scales sqrt(alpha_bar) so that the last is 0 and the first stays (Lin et al.,
+    2024, algorithm 1)."""
+    root = np.sqrt(schedule.alphas_cumprod)
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return NoiseSchedule(root**2)

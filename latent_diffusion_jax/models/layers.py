@@ -148,6 +148,18 @@ class UpsampleConv(nn.Module):
         return y.reshape(b, 2 * h, 2 * w, self.features) + bias.astype(self.dtype)
 
 
+def average_pool(x: jax.Array) -> jax.Array:
+    """Means of squares of four pixels: [B, 2h, 2w, C] -> [B, h, w, C]."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+def repeat_pixels(x: jax.Array) -> jax.Array:
+    """Each pixel as a square of four: [B, h, w, C] -> [B, 2h, 2w, C]."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
 def timestep_embedding(t: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
     """Sinusoidal embedding of timesteps, cosines first, as in LDM.
 

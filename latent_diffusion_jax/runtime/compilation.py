@@ -1,6 +1,8 @@
 """How whole programs are compiled."""
 
 import functools
+import os
+import pathlib
 
 import jax
 
@@ -23,3 +25,13 @@ def compiler_options() -> dict[str, str]:
     except RuntimeError:
         return {}
     return _CPU_OPTIONS
+
+
+def use_persistent_cache() -> None:
+    """Keeps compiled programs on disk from one process to the next, where nothing else is set.
+
+    In `latent_diffusion_jax` of the user's cache folder; `JAX_COMPILATION_CACHE_DIR` names another.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(base / "latent_diffusion_jax"))

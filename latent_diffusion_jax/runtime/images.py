@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from latent_diffusion_jax.runtime.errors import UserError
+
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names for what image files give, by channels
 NPY_MAGIC = b"\x93NUMPY"  # first bytes of a .npy file
 
@@ -49,6 +51,22 @@ def decode(data: bytes | np.ndarray, channels: int = 3) -> Image.Image | np.ndar
         if channels != 4:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(MODES[channels])
+
+
+def read(path: str | pathlib.Path, channels: int = 3) -> Image.Image | np.ndarray:
+    """An image file, see `decode`.
+
+    Raises:
+      UserError: it cannot be read, or is no whole image.
+    """
+    try:
+        data = pathlib.Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read image {path}: {error.strerror or error}") from error
+    try:
+        return decode(data, channels)
+    except (ValueError, ChannelsError) as error:
+        raise UserError(f"cannot read image {path}: {error}") from error
 
 
 def _open(data: bytes) -> Image.Image:

@@ -8,11 +8,17 @@ import numpy as np
 import optax
 
 from latent_diffusion_jax.conditioning.base import drop
-from latent_diffusion_jax.diffusion.losses import denoising_loss, sample_timesteps
-from latent_diffusion_jax.diffusion.samplers import normal_per_key
+from latent_diffusion_jax.diffusion.losses import (
+    Objective,
+    denoising_loss,
+    sample_timesteps,
+    training_noise,
+)
+from latent_diffusion_jax.diffusion.plan import Plan
 from latent_diffusion_jax.ldm import LatentDiffusion
 from latent_diffusion_jax.runtime.images import to_float
-from latent_diffusion_jax.sampling import Draw
+from latent_diffusion_jax.runtime.randomness import normal_per_key
+from latent_diffusion_jax.sampling import Draw, Request
 from latent_diffusion_jax.training import ema
 from latent_diffusion_jax.training.state import Stage, State, sample_keys
 
@@ -23,11 +29,11 @@ def make_stage(
     null_tokens: np.ndarray,
     preview_tokens: np.ndarray,
     *,
+    objective: Objective,
     caption_dropout: float,
     ema_decay: float,
     draw: Draw,
-    guidance_scale: float,
-    eta: float,
+    plan: Plan,
 ) -> Stage:
     """Builds the stage. `State.frozen` holds the parameters `autoencoder` and `scale_factor`.
 
@@ -39,11 +45,10 @@ def make_stage(
       optimizer: for the UNet and the conditioner together.
       null_tokens: token ids of the empty caption [L].
       preview_tokens: token ids of the captions to draw at every preview [N, L].
+      objective: what the UNet is trained for.
       caption_dropout: share of captions replaced by the empty one, for guidance.
       ema_decay: decay of the moving average that samples are drawn with.
-      draw: what `make_txt2img` gave, for previews.
-      guidance_scale: of previews.
-      eta: of previews.
+      draw, plan: what `make_draw` and `make_plan` gave, for previews.
     """
 
     def init(key: jax.Array) -> State:
@@ -51,17 +56,29 @@ def make_stage(
         average = jax.tree.map(jnp.copy, params)
         return State(jnp.zeros((), jnp.int32), params, average, optimizer.init(params))
 
-    def loss_per_example(params: Any, batch: Any, tokens: jax.Array, t: jax.Array, keys: jax.Array):
+    def loss_per_example(
+        params: Any,
+        batch: Any,
+        tokens: jax.Array,
+        t: jax.Array,
+        keys: jax.Array,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         noises = jax.vmap(lambda key: jax.random.split(key))(keys)
         posterior_noise = normal_per_key(noises[:, 0], ldm.latent_shape)
-        epsilon = normal_per_key(noises[:, 1], ldm.latent_shape)
+        epsilon = training_noise(objective, noises[:, 1], ldm.latent_shape)
         if "moments" in batch:
             z_0 = ldm.sample_latents(params, batch["moments"], posterior_noise)
         else:
             z_0 = ldm.encode(params, to_float(batch["image"]), posterior_noise)
         cond = ldm.condition(params, tokens)
         return denoising_loss(
-            lambda z_t, t: ldm.predict_epsilon(params, z_t, t, cond), ldm.schedule, z_0, epsilon, t
+            lambda z_t, t: ldm.predict(params, z_t, t, cond, dropout_key),
+            ldm.schedule,
+            objective,
+            z_0,
+            epsilon,
+            t,
         )
 
     def train_step(state: State, batch: Any, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
@@ -70,16 +87,21 @@ def make_stage(
             jax.vmap(lambda k: jax.random.split(k, 3))(keys), axis=1
         )
         t = sample_timesteps(ldm.schedule, t_keys)
+        # One mask key for the whole batch: flax draws masks by batch.
+        dropout_key = jax.random.fold_in(key, state.step) if ldm.unet.dropout else None
         tokens = drop(batch["tokens"], jnp.asarray(null_tokens), drop_keys, caption_dropout)
 
-        def loss_fn(params: Any) -> jax.Array:
-            return jnp.mean(loss_per_example(state.frozen | params, batch, tokens, t, noise_keys))
+        def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            found = loss_per_example(
+                state.frozen | params, batch, tokens, t, noise_keys, dropout_key
+            )
+            return jax.tree.map(jnp.mean, found)
 
-        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         average = ema.update(state.ema, params, state.step, ema_decay)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        metrics = {"loss": loss, **parts, "grad_norm": optax.tree.norm(grads)}
         return State(state.step + 1, params, average, opt, state.frozen), metrics
 
     def eval_step(state: State, batch: Any, key: jax.Array) -> dict[str, jax.Array]:
@@ -89,17 +111,17 @@ def make_stage(
         spread = (np.arange(size) + 0.5) * (np.sqrt(1.25) - 0.5) % 1.0
         t = jnp.asarray(spread * ldm.schedule.num_timesteps, jnp.int32)
         keys = sample_keys(key, jnp.zeros((), jnp.int32), size)
-        return {"loss": loss_per_example(state.frozen | state.ema, batch, batch["tokens"], t, keys)}
+        params = state.frozen | state.ema
+        loss, parts = loss_per_example(params, batch, batch["tokens"], t, keys)
+        return {"loss": loss, **parts}
 
     def preview(state: State, batch: Any, key: jax.Array) -> jax.Array:
         del batch, key  # image i has seed i, as with the sample command
-        return draw(
-            state.frozen | state.ema,
-            jnp.asarray(preview_tokens),
-            jnp.asarray(null_tokens),
-            jnp.arange(len(preview_tokens), dtype=jnp.uint32),
-            jnp.float32(guidance_scale),
-            jnp.float32(eta),
-        )
+        tokens = jnp.asarray(preview_tokens)[:, None]
+        null = jnp.broadcast_to(jnp.asarray(null_tokens), tokens.shape)
+        weights = jnp.ones(tokens.shape)
+        seeds = jnp.arange(len(tokens), dtype=jnp.uint32)
+        request = Request(seeds, tokens, weights, null, weights)
+        return draw(state.frozen | state.ema, request, plan)[0]
 
     return Stage(init, train_step, eval_step, preview)

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion_jax.diffusion.samplers import normal_per_key
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
+from latent_diffusion_jax.runtime.randomness import normal_per_key
 from latent_diffusion_jax.training import codebook as codebooks
 from latent_diffusion_jax.training.autoencoder_losses import AutoencoderLosses, quantization_loss
 

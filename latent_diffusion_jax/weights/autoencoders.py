@@ -1,7 +1,6 @@
 """First stages in and out of the formats of diffusers and of CompVis' code."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -13,17 +12,9 @@ import numpy as np
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.trees import flatten_names
-from latent_diffusion_jax.weights import compvis, diffusers, files, mapping
+from latent_diffusion_jax.weights import compvis, diffusers, files, folders, mapping
 
 NETWORKS = {"kl": AutoencoderKL, "vq": AutoencoderVQ}
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # the one that is written
-WEIGHTS_FILES = (
-    WEIGHTS_FILE,
-    "diffusion_pytorch_model.bin",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "diffusion_pytorch_model.fp16.bin",
-)
 SUBFOLDERS = ("vae", "vqvae")  # of a pipeline's folder
 
 
@@ -84,13 +75,8 @@ def save_diffusers(
     folder = pathlib.Path(folder).expanduser()
     config = diffusers.make_config(kind, fields, scaling_factor, image_size)
     table = mapping.expand(diffusers.TABLE, _bindings(fields))
-    files.write(folder / WEIGHTS_FILE, mapping.to_theirs(table, params), {"format": "pt"})
-    partial = folder / f"{CONFIG_FILE}.partial"
-    try:
-        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / CONFIG_FILE)
-    except OSError as error:
-        raise UserError(f"cannot write {folder / CONFIG_FILE}: {error.strerror}") from error
+    files.write(folder / folders.DIFFUSERS_FILE, mapping.to_theirs(table, params), {"format": "pt"})
+    folders.write_config(folder, config)
 
 
 def save_compvis(
@@ -136,30 +122,15 @@ def save_compvis(
 
 
 def _load_diffusers(folder: pathlib.Path, num_groups: int | None) -> Loaded:
-    candidates = [folder, *(folder / name for name in SUBFOLDERS)]
-    found = [place for place in candidates if (place / CONFIG_FILE).is_file()]
-    if not found:
-        raise UserError(
-            f"{folder} is no diffusers folder: there is no {CONFIG_FILE} in it, nor in "
-            f"{' or '.join(name + '/' for name in SUBFOLDERS)}"
-        )
-    folder, config_path = found[0], found[0] / CONFIG_FILE
-    try:
-        config = json.loads(config_path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {config_path}: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{config_path} holds no JSON object")
-    kind, fields, factor = diffusers.read_config(config, str(config_path))
+    folder = folders.find(folder, SUBFOLDERS)
+    config_path = folder / folders.CONFIG_FILE
+    kind, fields, factor = diffusers.read_config(folders.read_config(folder), str(config_path))
     if num_groups not in (None, fields["num_groups"]):
         raise UserError(
             f"{config_path} has norm_num_groups {fields['num_groups']}, not {num_groups}"
         )
-    present = [folder / name for name in WEIGHTS_FILES if (folder / name).is_file()]
-    if not present:
-        raise UserError(f"{folder} has neither {WEIGHTS_FILES[0]} nor {WEIGHTS_FILES[1]}")
-    tensors = diffusers.current_names(files.read(present[0]))
-    params = _to_ours(diffusers.TABLE, tensors, kind, fields, str(present[0]))
+    tensors, path = folders.read_tensors(folder)
+    params = _to_ours(diffusers.TABLE, diffusers.current_names(tensors), kind, fields, str(path))
     return Loaded(kind, fields, params, factor)
 
 

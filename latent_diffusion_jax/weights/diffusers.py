@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.weights.folders import positive_integer, positive_integers
 
 CLASSES = {"kl": "AutoencoderKL", "vq": "VQModel"}
 VERSION = "0.40.0"  # that the written configs belong to
@@ -112,28 +113,28 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, A
             f"{where} has in_channels {full['in_channels']} and out_channels "
             f"{full['out_channels']}; they must be the same"
         )
-    widths = _integers(full, "block_out_channels", where)
+    widths = positive_integers(full, "block_out_channels", where)
     if any(width % widths[0] for width in widths):
         raise UserError(
             f"{where} has block_out_channels {widths}; all must be multiples of the first"
         )
     attention = _attention(full, len(widths), where)
-    z_channels = _integer(full, "latent_channels", where)
+    z_channels = positive_integer(full, "latent_channels", where)
     fields = dict(
-        image_channels=_integer(full, "in_channels", where),
+        image_channels=positive_integer(full, "in_channels", where),
         z_channels=z_channels,
         embed_dim=z_channels,
         channels=widths[0],
         channel_multipliers=tuple(width // widths[0] for width in widths),
-        num_res_blocks=_integer(full, "layers_per_block", where),
+        num_res_blocks=positive_integer(full, "layers_per_block", where),
         attention_levels=tuple(level for level, attends in enumerate(attention) if attends),
         mid_attention=bool(full["mid_block_add_attention"]),
-        num_groups=_integer(full, "norm_num_groups", where),
+        num_groups=positive_integer(full, "norm_num_groups", where),
     )
     if kind == "vq":
-        fields["codebook_size"] = _integer(full, "num_vq_embeddings", where)
+        fields["codebook_size"] = positive_integer(full, "num_vq_embeddings", where)
         if full["vq_embed_dim"] is not None:
-            fields["embed_dim"] = _integer(full, "vq_embed_dim", where)
+            fields["embed_dim"] = positive_integer(full, "vq_embed_dim", where)
     factor = full["scaling_factor"]
     if isinstance(factor, bool) or not isinstance(factor, int | float):
         raise UserError(f"{where} has scaling_factor {factor!r}, which is no number")
@@ -211,18 +212,3 @@ def _attention(config: Mapping[str, Any], levels: int, where: str) -> list[bool]
             f"be the same"
         )
     return down
-
-
-def _integer(config: Mapping[str, Any], key: str, where: str) -> int:
-    return _integers({key: [config[key]]}, key, where)[0]
-
-
-def _integers(config: Mapping[str, Any], key: str, where: str) -> list[int]:
-    values = config[key]
-    if (
-        not isinstance(values, list | tuple)
-        or not values
-        or not all(type(value) is int and value > 0 for value in values)
-    ):
-        raise UserError(f"{where} has {key} {values!r}; it must be of positive integers")
-    return list(values)

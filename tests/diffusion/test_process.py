@@ -4,11 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 
 from latent_diffusion_jax.diffusion.process import (
+    PREDICTION_TYPES,
     add_noise,
-    prediction_from_epsilon,
+    predicted_z_0,
+    prediction_target,
     signal_and_noise,
 )
 from latent_diffusion_jax.diffusion.schedules import make_schedule
@@ -49,20 +51,38 @@ def test_noise_at_the_first_timestep_keeps_its_precision():
     np.testing.assert_allclose(sigma, np.sqrt(BETAS["beta_start"]), rtol=1e-6)
 
 
-def test_prediction_from_epsilon_inverts_add_noise():
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_predicted_z_0_inverts_the_target(prediction_type):
     z_0, epsilon = clean_and_noise(1)
     t = jnp.asarray(TIMESTEPS)
-    prediction = prediction_from_epsilon(SCHEDULE, add_noise(SCHEDULE, z_0, epsilon, t), epsilon, t)
-    # At t = 999 z_0 is divided by sqrt(alpha_bar) = 0.068, and its rounding error with it.
-    np.testing.assert_allclose(prediction.z_0, z_0, rtol=0, atol=2e-5)
-    np.testing.assert_array_equal(prediction.epsilon, epsilon)
+    target = prediction_target(prediction_type, SCHEDULE, z_0, epsilon, t)
+    z_t = add_noise(SCHEDULE, z_0, epsilon, t)
+    found = predicted_z_0(prediction_type, SCHEDULE, z_t, target, t)
+    # At t = 999 epsilon is divided by sqrt(alpha_bar) = 0.068, and its rounding error with it.
+    np.testing.assert_allclose(found, z_0, rtol=0, atol=2e-5)
 
 
-def test_prediction_from_a_wrong_epsilon_is_consistent_with_z_t():
-    """Whatever epsilon is predicted, noising the predicted z_0 with it gives z_t back."""
-    z_t, epsilon = clean_and_noise(2)
-    t = jnp.asarray(TIMESTEPS)
-    prediction = prediction_from_epsilon(SCHEDULE, z_t, epsilon, t)
-    np.testing.assert_allclose(
-        add_noise(SCHEDULE, prediction.z_0, prediction.epsilon, t), z_t, rtol=0, atol=2e-6
+@pytest.mark.parametrize(
+    ("prediction_type", "theirs"),
+    [("epsilon", "epsilon"), ("z_0", "sample"), ("v", "v_prediction")],
+)
+def test_predictions_mean_what_they_mean_in_diffusers(prediction_type, theirs):
+    z_t, prediction = clean_and_noise(2)
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", prediction_type=theirs, clip_sample=False, **BETAS
     )
+    scheduler.set_timesteps(1000)
+    found = predicted_z_0(prediction_type, SCHEDULE, z_t, prediction, jnp.asarray(TIMESTEPS))
+    for i, t in enumerate(TIMESTEPS):
+        expected = scheduler.step(
+            torch.tensor(prediction[i]), int(t), torch.tensor(z_t[i])
+        ).pred_original_sample
+        scale = expected.abs().max().item()
+        np.testing.assert_allclose(found[i], expected.numpy(), rtol=0, atol=2e-5 * scale)
+    if prediction_type == "v":
+        z_0, epsilon = clean_and_noise(3)
+        expected = scheduler.get_velocity(
+            torch.tensor(z_0), torch.tensor(epsilon), torch.tensor(TIMESTEPS).long()
+        )
+        target = prediction_target("v", SCHEDULE, z_0, epsilon, jnp.asarray(TIMESTEPS))
+        np.testing.assert_allclose(target, expected.numpy(), rtol=0, atol=1e-5)

@@ -8,13 +8,14 @@ import numpy as np
 import optax
 import pytest
 
+from latent_diffusion_jax.diffusion.losses import Objective
 from latent_diffusion_jax.diffusion.schedules import make_schedule
 from latent_diffusion_jax.ldm import LatentDiffusion
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.models.text_transformer import TextTransformer
 from latent_diffusion_jax.models.unet import UNet
 from latent_diffusion_jax.runtime.images import to_float
-from latent_diffusion_jax.sampling import make_txt2img
+from latent_diffusion_jax.sampling import Settings, make_draw, make_plan
 from latent_diffusion_jax.training import diffusion_stage
 
 LENGTH = 6
@@ -31,17 +32,17 @@ NULL = np.zeros(LENGTH, np.int32)
 KEY = jax.random.key(5)
 
 
-def make_stage(caption_dropout=0.1, optimizer=None):
+def make_stage(caption_dropout=0.1, optimizer=None, ldm=LDM, **objective):
     return diffusion_stage.make_stage(
-        LDM,
+        ldm,
         optimizer or optax.adam(1e-3),
         NULL,
         np.arange(2 * LENGTH, dtype=np.int32).reshape(2, LENGTH),
+        objective=Objective(**objective),
         caption_dropout=caption_dropout,
         ema_decay=0.9,
-        draw=make_txt2img(LDM, "ddim", 2),
-        guidance_scale=1.5,
-        eta=0.0,
+        draw=make_draw(ldm, 8, 8),
+        plan=make_plan(ldm.schedule, ldm.prediction_type, Settings(steps=2, guidance_scale=1.5)),
     )
 
 

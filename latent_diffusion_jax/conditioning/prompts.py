@@ -1,0 +1,184 @@
+"""Prompts with emphasis, and prompts longer than the text encoder takes.
+
+Both conventions are those of AUTOMATIC1111's Stable Diffusion web UI, which prompts are commonly
+written for.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from latent_diffusion_jax.conditioning.tokenizers import PromptTokenizer
+from latent_diffusion_jax.runtime.errors import UserError
+
+EMPHASIS = 1.1  # of one pair of parentheses
+
+_SYMBOL = re.compile(
+    r"""(?P<escaped>\\[()\[\]\\])
+    |(?P<weighted>:\s*(?P<number>[+-]?(?:\d+\.?\d*|\.\d+))\s*\))
+    |(?P<open>[(\[])
+    |(?P<close>[)\]])
+    |(?P<text>[^\\()\[\]:]+|.)""",
+    re.VERBOSE | re.DOTALL,
+)
+
+Pieces = list[tuple[str, float]]
+
+
+def parse(prompt: str) -> Pieces:
+    r"""A prompt's pieces of text with their weights, in order.
+
+    `(word)` weighs 1.1, `[word]` 1/1.1, `(word:1.3)` 1.3; nested weights multiply. `\(`, `\)`,
+    `\[`, `\]` and `\\` stand for the characters themselves. Brackets without a partner are text, as
+    is a number in square brackets.
+    """
+    # Of each bracket that is open: itself, and the pieces since; of the prompt itself "".
+    groups: list[tuple[str, Pieces]] = [("", [])]
+
+    def text(characters: str) -> None:
+        groups[-1][1].append((characters, 1.0))
+
+    def close(weight: float) -> None:
+        _, pieces = groups.pop()
+        groups[-1][1].extend((piece, weight * inner) for piece, inner in pieces)
+
+    for symbol in _SYMBOL.finditer(prompt):
+        found, opened = symbol[0], groups[-1][0]
+        if symbol["escaped"]:
+            text(found[1])
+        elif symbol["open"]:
+            groups.append((found, []))
+        elif symbol["weighted"] and opened == "(":
+            close(float(symbol["number"]))
+        elif found == ")" and opened == "(":
+            close(EMPHASIS)
+        elif found == "]" and opened == "[":
+            close(1 / EMPHASIS)
+        else:
+            text(found)
+    while len(groups) > 1:  # without a partner
+        bracket, pieces = groups.pop()
+        groups[-1][1].extend([(bracket, 1.0), *pieces])
+    merged: Pieces = []
+    for piece, weight in groups[0][1]:
+        if merged and merged[-1][1] == weight:
+            merged[-1] = (merged[-1][0] + piece, weight)
+        else:
+            merged.append((piece, weight))
+    return merged
+
+
+class _Token(NamedTuple):
+    id: int
+    weight: float
+    piece: int  # of the prompt
+    character: int  # of the piece, at which the token begins
+
+
+def tokenize_weighted(
+    tokenizer: PromptTokenizer, prompts: Sequence[str], max_chunks: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts with emphasis to token ids and weights, in chunks of the encoder's length.
+
+    Each chunk has its own start and end and is padded. A word goes to the next chunk whole where
+    it fits there. All prompts get as many chunks as the longest needs; the others' are empty. What
+    even `max_chunks` cannot take is cut off with a warning that names it.
+
+    Args:
+      tokenizer: any.
+      prompts: N of them; give those that are used together, such as a prompt and its negative one,
+        in one call.
+      max_chunks: at least 1, which cuts where the tokenizer itself does.
+
+    Returns:
+      Token ids, int32 [N, chunks, L], and weights, float32 [N, chunks, L]: 1 for start, end and
+      padding.
+
+    Raises:
+      UserError: `max_chunks` is below 1.
+    """
+    if max_chunks < 1:
+        raise UserError(f"max_chunks={max_chunks} must be at least 1")
+    room = tokenizer.max_length - 2  # between start and end
+    packed = []
+    for prompt in prompts:
+        pieces = parse(prompt)
+        if len(pieces) > 1:  # a space at a seam may be a token, and is none of the prompt's
+            pieces = [(piece.strip(), weight) for piece, weight in pieces]
+        words = [
+            [_Token(token, weight, i, character) for token, character in word]
+            for i, (piece, weight) in enumerate(pieces)
+            for word in tokenizer.words(piece)
+        ]
+        chunks, lost = _pack(words, room, max_chunks)
+        if lost is not None:
+            rest = [pieces[lost.piece][0][lost.character :]]
+            rest += [piece for piece, _ in pieces[lost.piece + 1 :]]
+            logging.warning(
+                "the prompt %r does not fit into %d x %d tokens; this is cut off: %r",
+                prompt, max_chunks, room, " ".join(rest).strip(),
+            )  # fmt: skip
+        packed.append(chunks)
+    count = max(map(len, packed), default=1)
+    tokens = np.tile(tokenizer.null, (len(packed), count, 1))
+    weights = np.ones(tokens.shape, np.float32)
+    end = tokenizer.null[1]
+    for row, chunks in enumerate(packed):
+        for i, chunk in enumerate(chunks):
+            tokens[row, i, 1 : len(chunk) + 1] = [token.id for token in chunk]
+            weights[row, i, 1 : len(chunk) + 1] = [token.weight for token in chunk]
+            tokens[row, i, len(chunk) + 1] = end
+    return tokens, weights
+
+
+def _pack(
+    words: list[list[_Token]], room: int, max_chunks: int
+) -> tuple[list[list[_Token]], _Token | None]:
+    """Words into chunks of at most `room` tokens, and the first token that finds no place."""
+    chunks: list[list[_Token]] = [[]]
+    for word in words:
+        if len(chunks[-1]) + len(word) > room >= len(word) and len(chunks) < max_chunks:
+            chunks.append([])
+        for token in word:
+            if len(chunks[-1]) == room:
+                if len(chunks) == max_chunks:
+                    return chunks, token
+                chunks.append([])
+            chunks[-1].append(token)
+    return chunks, None
+
+
+def encode_chunks(
+    encode: Callable[[jax.Array], jax.Array], tokens: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """Context of chunked, weighted prompts.
+
+    Each chunk is encoded by itself. Each token's vector is multiplied by its weight, and then all
+    of a prompt's vectors by the one number that restores the mean of their elements (the web UI
+    takes that mean over a batch's chunks, here it is over a prompt, so that prompts stay
+    independent). Where all weights are 1, the context is exactly the encoder's.
+
+    Args:
+      encode: token ids [N, L] -> vectors [N, L, D].
+      tokens: token ids [B, chunks, L].
+      weights: of the tokens [B, chunks, L].
+
+    Returns:
+      Context [B, chunks * L, D], in the dtype of the encoder's vectors.
+    """
+    batch, chunks, length = tokens.shape
+    encoded = encode(tokens.reshape(batch * chunks, length))
+    context = encoded.reshape(batch, chunks * length, -1)
+    factors = weights.reshape(batch, chunks * length, 1).astype(jnp.float32)
+    plain = context.astype(jnp.float32)
+    scaled = plain * factors
+    mean, scaled_mean = (jnp.mean(x, axis=(1, 2), keepdims=True) for x in (plain, scaled))
+    nonzero = jnp.where(scaled_mean == 0, 1.0, scaled_mean)
+    scaled = scaled * jnp.where(scaled_mean == 0, 1.0, mean / nonzero)
+    unweighted = jnp.all(factors == 1, axis=(1, 2), keepdims=True)
+    return jnp.where(unweighted, context, scaled.astype(context.dtype))

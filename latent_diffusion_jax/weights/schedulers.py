@@ -1,0 +1,134 @@
+"""Schedulers' configs of diffusers: the noise schedule, what is predicted, how to sample."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from latent_diffusion_jax.diffusion.schedules import (
+    NoiseSchedule,
+    make_schedule,
+    rescaled_to_zero_terminal_snr,
+)
+from latent_diffusion_jax.runtime.errors import UserError, as_user_error
+
+BETA_SCHEDULES = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "squaredcos_cap_v2": "cosine",
+    "sigmoid": "sigmoid",
+}
+PREDICTION_TYPES = {"epsilon": "epsilon", "sample": "z_0", "v_prediction": "v"}
+VARIANCES = {
+    "fixed_small": "posterior",
+    "fixed_small_log": "posterior",
+    "fixed_large": "beta",
+    "fixed_large_log": "beta",
+    "learned_range": "learned",
+}
+# Our sampler of each class, and the spacing of timesteps that it assumes.
+CLASSES = {
+    "DDIMScheduler": ("ddim", "leading"),
+    "DDPMScheduler": ("ddpm", "leading"),
+    "PNDMScheduler": ("plms", "leading"),
+    "EulerDiscreteScheduler": ("euler", "linspace"),
+    "EulerAncestralDiscreteScheduler": ("euler_ancestral", "linspace"),
+    "HeunDiscreteScheduler": ("heun", "linspace"),
+    "DPMSolverMultistepScheduler": ("dpm++_2m", "linspace"),
+    "DPMSolverSinglestepScheduler": ("dpm++_2s", "linspace"),
+    "UniPCMultistepScheduler": ("unipc", "linspace"),
+    "LCMScheduler": ("lcm", "leading"),
+}
+CLIPS_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler")
+BETA_DEFAULTS = {"LCMScheduler": (0.00085, 0.012, "scaled_linear")}
+USUAL_BETAS = (0.0001, 0.02, "linear")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What a `scheduler_config.json` says.
+
+    Attributes:
+      schedule: the forward process.
+      prediction_type: of the network.
+      settings: keyword arguments of `sampling.Settings`.
+    """
+
+    schedule: NoiseSchedule
+    prediction_type: str
+    settings: dict[str, Any]
+
+
+def read_config(config: Mapping[str, Any], where: str) -> Loaded:
+    """Schedule and settings of a `scheduler_config.json`.
+
+    A class that has no counterpart here is replaced by DDIM, with a warning.
+
+    Raises:
+      UserError: a value is of another kind, or asks for what is not here.
+    """
+    name = str(config.get("_class_name"))
+    if name not in CLASSES:
+        logging.warning("%s: there is no sampler for %s here, ddim takes its place", where, name)
+    sampler, spacing = CLASSES.get(name, ("ddim", "leading"))
+    for key in ("thresholding", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas"):
+        if config.get(key):
+            raise UserError(f"{where} has {key}, which is not supported; set it to false")
+    start, end, shape = BETA_DEFAULTS.get(name, USUAL_BETAS)
+    prediction = _known(config, "prediction_type", "epsilon", PREDICTION_TYPES, where)
+    betas = config.get("trained_betas")
+    with as_user_error(where):
+        if betas is not None:
+            schedule = NoiseSchedule(np.cumprod(1.0 - np.asarray(betas, np.float64)))
+        else:
+            schedule = make_schedule(
+                _known(config, "beta_schedule", shape, BETA_SCHEDULES, where),
+                int(config.get("num_train_timesteps", 1000)),
+                float(config.get("beta_start", start)),
+                float(config.get("beta_end", end)),
+            )
+        if config.get("rescale_betas_zero_snr"):
+            schedule = rescaled_to_zero_terminal_snr(schedule)
+        settings: dict[str, Any] = {
+            "sampler": sampler,
+            "spacing": config.get("timestep_spacing", spacing),
+            "offset": int(config.get("steps_offset", 0)),
+            "sigmas": "karras" if config.get("use_karras_sigmas") else "schedule",
+        }
+    if sampler == "dpm++_2m" and config.get("algorithm_type", "dpmsolver++") == "sde-dpmsolver++":
+        settings["sampler"] = "dpm++_2m_sde"
+    to_one = config.get("set_alpha_to_one", name != "PNDMScheduler")
+    settings["final"] = "zero" if to_one else "first"
+    if config.get("clip_sample", name in CLIPS_BY_DEFAULT):
+        settings["clip"] = float(config.get("clip_sample_range", 1.0))
+    if sampler == "ddpm":
+        settings["variance"] = _known(config, "variance_type", "fixed_small", VARIANCES, where)
+    return Loaded(schedule, prediction, settings)
+
+
+def make_config(schedule: NoiseSchedule, prediction_type: str, clip: float) -> dict[str, Any]:
+    """A `scheduler_config.json` of DDIM, with the betas themselves."""
+    theirs = {ours: name for name, ours in PREDICTION_TYPES.items()}
+    return {
+        "_class_name": "DDIMScheduler",
+        "_diffusers_version": "0.40.0",
+        "num_train_timesteps": schedule.num_timesteps,
+        "trained_betas": [float(beta) for beta in schedule.betas],
+        "prediction_type": theirs[prediction_type],
+        "clip_sample": bool(clip),
+        "clip_sample_range": clip or 1.0,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+        "timestep_spacing": "trailing",
+    }
+
+
+def _known(
+    config: Mapping[str, Any], key: str, default: str, known: Mapping[str, str], where: str
+) -> str:
+    value = config.get(key, default)
+    if value not in known:
+        raise UserError(f"{where} has {key} {value!r}; known are {', '.join(known)}")
+    return known[value]

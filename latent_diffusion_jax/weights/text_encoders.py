@@ -1,0 +1,46 @@
+"""What the formats of CLIP's and of LDM's own text encoder share."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_diffusion_jax.runtime.errors import as_user_error
+from latent_diffusion_jax.runtime.trees import flatten_names
+from latent_diffusion_jax.weights import mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A text encoder from a file.
+
+    Attributes:
+      fields: keyword arguments of the network, `ClipTextEncoder` or `TextTransformer`.
+      params: its parameters, a nested dict of NumPy arrays, float32.
+    """
+
+    fields: dict[str, Any]
+    params: Any
+
+
+def to_ours(
+    network: nn.Module,
+    table: mapping.Table,
+    tensors: Mapping[str, np.ndarray],
+    max_length: int,
+    where: str,
+) -> Any:
+    """Parameters of a network of token ids [B, max_length], from another format's tensors.
+
+    Raises:
+      UserError: there is no such network, or the tensors are not its.
+    """
+    tokens = jnp.zeros((1, max_length), jnp.int32)
+    with as_user_error(f"the text encoder of {where}"):
+        wanted = jax.eval_shape(network.init, jax.random.key(0), tokens)["params"]
+    shapes = {name: leaf.shape for name, leaf in flatten_names(wanted).items()}
+    return mapping.to_ours(table, tensors, shapes, where)
