@@ -6,6 +6,7 @@ Imports nothing that takes long, or memory: peak memory is measured by process.
 import dataclasses
 from collections.abc import Sequence
 
+VARIANTS = ("eager", "channels_last", "compile")  # of PyTorch
 AUTOENCODER = "autoencoder"  # a folder of diffusers
 DISCRIMINATOR = "discriminator.npz"  # PyTorch's names and layout
 LPIPS = "lpips.safetensors"
@@ -30,6 +31,7 @@ class Case:
       batch_size: images.
       perceptual: whether the train step has LPIPS, with random weights.
       tolerance: of the comparison, relative to the largest value.
+      variants: of PyTorch that it is measured against.
     """
 
     task: str
@@ -43,6 +45,7 @@ class Case:
     discriminator: tuple[int, int] = (64, 3)
     perceptual: bool = False
     tolerance: float = 1e-4
+    variants: Sequence[str] = VARIANTS
 
     @property
     def repeats(self) -> int:

@@ -28,6 +28,7 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 import optax
+from jax_tools import facts
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
@@ -42,13 +43,6 @@ from latent_diffusion_jax.training.autoencoder_stage import make_stage
 from latent_diffusion_jax.training.state import sample_keys
 from latent_diffusion_jax.weights import autoencoders
 from latent_diffusion_jax.weights import lpips as lpips_weights
-
-
-def facts() -> dict:
-    device = jax.devices()[0]
-    stats = device.memory_stats() or {}
-    peak = stats.get("peak_bytes_in_use")
-    return {"device": device.device_kind, "device_peak_mib": peak and peak / 2**20}
 
 
 def discriminator_params(network: PatchDiscriminator, tensors: dict, images: jax.Array):

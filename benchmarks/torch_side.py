@@ -2,7 +2,6 @@
 
 import pathlib
 import sys
-from typing import Any
 
 import child
 from cases import (
@@ -31,9 +30,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch_tools import facts, from_nhwc, prepared, to_nhwc, wait
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-VARIANTS = ("eager", "channels_last", "compile")
 VGG_BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
@@ -125,29 +123,6 @@ def write_shared(case: Case, folder: pathlib.Path) -> None:
         save_file(Perceptual().state_dict(), folder / LPIPS)
 
 
-def prepared(module: nn.Module, variant: str) -> nn.Module:
-    module = module.to(DEVICE)
-    return module.to(memory_format=torch.channels_last) if variant == "channels_last" else module
-
-
-def from_nhwc(x: np.ndarray, variant: str) -> torch.Tensor:
-    y = torch.tensor(x).permute(0, 3, 1, 2).contiguous().to(DEVICE)
-    return y.to(memory_format=torch.channels_last) if variant == "channels_last" else y
-
-
-def wait(outputs: Any) -> None:
-    del outputs  # all that was started counts
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def facts() -> dict:
-    if DEVICE.type == "cpu":
-        return {"device": "cpu", "device_peak_mib": None}
-    peak = torch.cuda.max_memory_allocated() / 2**20
-    return {"device": torch.cuda.get_device_name(), "device_peak_mib": peak}
-
-
 def inference(case: Case, folder: pathlib.Path, variant: str):
     """A function that encodes or decodes once; its result is saved first."""
     network = prepared(AutoencoderKL.from_pretrained(folder / AUTOENCODER).eval(), variant)
@@ -163,8 +138,7 @@ def inference(case: Case, folder: pathlib.Path, variant: str):
     def run() -> torch.Tensor:
         return apply(inputs)
 
-    outputs = run().permute(0, 2, 3, 1).cpu().numpy()
-    np.savez(folder / f"{variant}.npz", outputs=outputs)
+    np.savez(folder / f"{variant}.npz", outputs=to_nhwc(run()))
     return run
 
 

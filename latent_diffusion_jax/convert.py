@@ -5,7 +5,9 @@ r"""Converts weights between this package and others.
   python -m latent_diffusion_jax.convert --source=vgg16-397923af.pth --source=vgg.pth \
       --to=lpips --out=lpips.safetensors
 
---to=diffusers and --to=compvis write a first stage, --to=lpips the weights of the perceptual loss.
+--to=diffusers and --to=compvis write a first stage or, with --part=model, a whole model: a
+pipeline's folder, or one file with all networks. --to=lpips writes the weights of the perceptual
+loss.
 """
 
 import pathlib
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from latent_diffusion_jax import first_stages
+from latent_diffusion_jax import first_stages, loading, saving
 from latent_diffusion_jax.runtime import loggers
 from latent_diffusion_jax.runtime.commands import run
 from latent_diffusion_jax.runtime.errors import UserError
@@ -22,11 +24,19 @@ from latent_diffusion_jax.weights import autoencoders, lpips
 FLAGS = flags.FLAGS
 
 FORMATS = ("lpips", "diffusers", "compvis")
+PARTS = ("first_stage", "model")
 USUAL_SIZE = 256  # pixels a side that the published first stages were trained on
 
 
 def convert(
-    sources: Sequence[str], to: str, out: str, num_groups: int | None = None, prefix: bool = False
+    sources: Sequence[str],
+    to: str,
+    out: str,
+    num_groups: int | None = None,
+    prefix: bool = False,
+    part: str = "first_stage",
+    tokenizer: str | None = None,
+    num_heads: int | None = None,
 ) -> None:
     """Reads `sources` and writes `out`; the arguments are the command's flags.
 
@@ -37,7 +47,12 @@ def convert(
         lpips.convert(sources, out)
         return
     if len(sources) != 1:
-        raise UserError(f"a first stage has one source, got {len(sources)}")
+        raise UserError(f"a {part.replace('_', ' ')} has one source, got {len(sources)}")
+    if part == "model":
+        model = loading.load_model(sources[0], tokenizer=tokenizer, num_heads=num_heads)
+        save = saving.save_diffusers if to == "diffusers" else saving.save_single_file
+        save(out, model)
+        return
     found, image_size = _open(pathlib.Path(sources[0]).expanduser(), num_groups)
     network = found.kind, found.fields, found.params
     if to == "diffusers":
@@ -66,6 +81,14 @@ def define_flags() -> None:
         required=True,
     )  # fmt: skip
     flags.DEFINE_enum("to", None, FORMATS, "Format to write.", required=True)
+    flags.DEFINE_enum("part", "first_stage", PARTS, "What to convert of the source.")
+    flags.DEFINE_string(
+        "tokenizer", None, "Folder of the tokenizer, where a single file is the source of a model."
+    )
+    flags.DEFINE_integer(
+        "num_heads", None, "Of the UNet's attention, where a single file is the source of a model.",
+        lower_bound=1,
+    )  # fmt: skip
     flags.DEFINE_string(
         "out", None, "A folder for diffusers, else a .safetensors file.", required=True
     )
@@ -80,7 +103,16 @@ def define_flags() -> None:
 
 def main() -> None:
     loggers.set_up_logging()
-    convert(FLAGS.source, FLAGS.to, FLAGS.out, FLAGS.num_groups, FLAGS.prefix)
+    convert(
+        FLAGS.source,
+        FLAGS.to,
+        FLAGS.out,
+        FLAGS.num_groups,
+        FLAGS.prefix,
+        FLAGS.part,
+        FLAGS.tokenizer,
+        FLAGS.num_heads,
+    )
     print(f"{' and '.join(FLAGS.source)} -> {FLAGS.out}")
 
 

@@ -33,6 +33,7 @@ from latent_diffusion_jax.weights import (
 )
 
 INDEX_FILE = "model_index.json"
+TRAINED_TOKENIZER = "PreTrainedTokenizerFast"  # what transformers has for one trained here
 USUAL_SETTINGS = {"steps": 50, "guidance_scale": 7.5}
 OPENCLIP_WIDTH = 1024  # of Stable Diffusion 2's context
 LDM_BERT = "cond_stage_model.transformer.token_emb.weight"  # in LDM's text-to-image files
@@ -166,6 +167,9 @@ def _load_folder(folder: pathlib.Path) -> Model:
         text = ldm_bert.load(folder / "bert")
         network = TextTransformer(**text.fields)
         load = tokenizers.load_bert
+        settings = folder / "tokenizer" / "tokenizer_config.json"
+        if folders.read_json(settings).get("tokenizer_class") == TRAINED_TOKENIZER:
+            load = tokenizers.load_trained
     if text is not None:
         if "tokenizer" not in present:
             raise UserError(f"{folder} has a text encoder and no tokenizer")

@@ -31,7 +31,7 @@ class Settings:
       guidance_interval: (low, high) in [0, 1] of T, outside of which there is no guidance.
       eta: noise of DDIM, 0 for none.
       variance: of DDPM's noise, one of `VARIANCES`.
-      spacing, offset: see `noise_levels.spaced_timesteps`.
+      spacing, offset: see `noise_levels.spaced_timesteps`; "" for the sampler's own.
       sigmas, final: see `noise_levels.noise_levels`; `final` is for ddim and plms alone.
       clip: bound on |z_0|, for models in the space of pixels; 0 for none.
     """

@@ -22,7 +22,7 @@ LAYERS = (
     ("build",),
     ("first_stages", "config_checks"),
     ("loading",),
-    ("pipelines", "autoencoding"),
+    ("pipelines", "saving", "autoencoding"),
     ("train", "sample", "evaluate", "convert", "encode", "reconstruct"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -100,7 +100,7 @@ def test_bad_arguments_are_refused(pipe, tmp_path):
         pipe([])
     with pytest.raises(UserError, match="does not exist"):
         pipelines.load(tmp_path / "none")
-    with pytest.raises(UserError, match="is no model: it has neither model_index.json"):
+    with pytest.raises(UserError, match=r"is no model: it has neither model_index\.json"):
         pipelines.load(tmp_path)
 
 

@@ -194,6 +194,31 @@ def load_clip(
     return tokenizer
 
 
+def load_trained(
+    folder: str | pathlib.Path, vocab_size: int | None = None, max_length: int | None = None
+) -> PromptTokenizer:
+    """A tokenizer of `train` from a folder with its `tokenizer.json`; arguments as `load_bert`'s.
+
+    Raises:
+      UserError: the file is missing or damaged, or is another checkpoint's.
+    """
+    path = pathlib.Path(folder).expanduser() / JSON_FILE
+    try:
+        found = prompt_tokenizer(load(path.read_text("utf-8")))
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+    for what, size, wanted in (
+        ("knows", found.vocab_size, vocab_size),
+        ("pads to", found.max_length, max_length),
+    ):
+        if wanted not in (None, size):
+            raise UserError(
+                f"the tokenizer {path} {what} {size} tokens and the text encoder {wanted}: it is "
+                f"not the checkpoint's"
+            )
+    return found
+
+
 def load_bert(
     folder: str | pathlib.Path, vocab_size: int | None = None, max_length: int = 77
 ) -> PromptTokenizer:

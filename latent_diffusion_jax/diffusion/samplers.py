@@ -344,6 +344,7 @@ class Sampler(NamedTuple):
 
     Attributes:
       moves: (levels, options) -> moves.
+      spacing: of timesteps, where nothing else is said; that of diffusers.
       one_more: spaces timesteps with `one_more`, as in diffusers.
       scaled_start: starts from noise of the first level's sigma instead of 1, as in k-diffusion.
       between: may ask the network between two timesteps, as k-diffusion does.
@@ -351,6 +352,7 @@ class Sampler(NamedTuple):
     """
 
     moves: Callable[..., list[Move]]
+    spacing: str = "linspace"
     one_more: bool = False
     scaled_start: bool = False
     between: bool = False
@@ -361,9 +363,9 @@ class Sampler(NamedTuple):
 _EULER: dict[str, Any] = {"scaled_start": True, "karras_range": "timesteps", "between": True}
 _DPM: dict[str, Any] = {"one_more": True, "karras_round": True}
 SAMPLERS = {
-    "ddpm": Sampler(ddpm),
-    "ddim": Sampler(ddim),
-    "plms": Sampler(plms),
+    "ddpm": Sampler(ddpm, "leading"),
+    "ddim": Sampler(ddim, "leading"),
+    "plms": Sampler(plms, "leading"),
     "euler": Sampler(ddim, **_EULER),
     "euler_ancestral": Sampler(functools.partial(ddim, eta=1.0), **_EULER),
     "heun": Sampler(heun, **_EULER),
@@ -371,7 +373,7 @@ SAMPLERS = {
     "dpm++_2m_sde": Sampler(functools.partial(dpm_solver_pp_2m, stochastic=True), **_DPM),
     "dpm++_2s": Sampler(dpm_solver_pp_2s, **_DPM),
     "unipc": Sampler(unipc, **_DPM),
-    "lcm": Sampler(lcm),
+    "lcm": Sampler(lcm, "leading"),
 }
 
 
@@ -394,7 +396,7 @@ def plan_sampler(
     prediction_type: str,
     num_steps: int,
     *,
-    spacing: str = "trailing",
+    spacing: str = "",
     offset: int = 0,
     sigmas: str = "schedule",
     final: str = "zero",
@@ -409,7 +411,7 @@ def plan_sampler(
       schedule: the forward process.
       prediction_type: what the network predicts, one of `PREDICTION_TYPES`.
       num_steps: 1 .. T.
-      spacing, offset: see `spaced_timesteps`.
+      spacing, offset: see `spaced_timesteps`; "" for the sampler's own.
       sigmas, final: see `noise_levels`.
       strength: None to start from noise; else the plan starts from latents with noise (SDEdit,
         Meng et al., 2022), and this share in [0, 1] of the steps is carried out, the last ones.
@@ -430,6 +432,7 @@ def plan_sampler(
             "says nothing of z_0 there; v does"
         )
     sampler = SAMPLERS[name]
+    spacing = spacing or sampler.spacing
     if name == "lcm":
         timesteps, final = lcm_timesteps(schedule.num_timesteps, num_steps), "zero"
     else:
@@ -453,6 +456,8 @@ def plan_sampler(
         skipped = len(timesteps) - int(len(timesteps) * strength)
         levels = NoiseLevels(*(column[skipped:] for column in levels))
     rows = rows_between(levels, sampler.moves(levels, **options), prediction_type, clip)
+    if rows:  # whatever level is reached, the result is taken for clean
+        rows[-1] = rows[-1]._replace(alpha=1.0, sigma=0.0)
     if strength is not None:
         return make_plan(rows, levels.alpha[0], levels.sigma[0])
     scaled = sampler.scaled_start and spacing != "leading"

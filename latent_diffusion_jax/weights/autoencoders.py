@@ -103,6 +103,20 @@ def save_compvis(
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"CompVis weights are written as .safetensors, not to {path}")
+    tensors = to_compvis(kind, fields, params)
+    if prefix:
+        tensors = {compvis.PREFIX + name: tensor for name, tensor in tensors.items()}
+        if scaling_factor is not None:
+            tensors["scale_factor"] = np.array(scaling_factor, np.float32)
+    files.write(path, tensors, {"format": "pt"})
+
+
+def to_compvis(kind: str, fields: Mapping[str, Any], params: Any) -> dict[str, np.ndarray]:
+    """Tensors of CompVis' code by name, without a prefix; arguments as in `Loaded`.
+
+    Raises:
+      UserError: CompVis' code has no such network.
+    """
     if fields.get("levels"):
         raise UserError(
             "CompVis' code has a codebook; it cannot express finite scalar quantisation"
@@ -112,13 +126,7 @@ def save_compvis(
             f"CompVis' code normalises in {compvis.NUM_GROUPS} groups; it cannot express "
             f"num_groups {fields['num_groups']}"
         )
-    table = mapping.expand(compvis.TABLE, _bindings(fields))
-    tensors = mapping.to_theirs(table, params)
-    if prefix:
-        tensors = {compvis.PREFIX + name: tensor for name, tensor in tensors.items()}
-        if scaling_factor is not None:
-            tensors["scale_factor"] = np.array(scaling_factor, np.float32)
-    files.write(path, tensors, {"format": "pt"})
+    return mapping.to_theirs(mapping.expand(compvis.TABLE, _bindings(fields)), params)
 
 
 def _load_diffusers(folder: pathlib.Path, num_groups: int | None) -> Loaded:

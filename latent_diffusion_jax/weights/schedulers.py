@@ -28,19 +28,20 @@ VARIANCES = {
     "fixed_large_log": "beta",
     "learned_range": "learned",
 }
-# Our sampler of each class, and the spacing of timesteps that it assumes.
+# Our sampler of each class.
 CLASSES = {
-    "DDIMScheduler": ("ddim", "leading"),
-    "DDPMScheduler": ("ddpm", "leading"),
-    "PNDMScheduler": ("plms", "leading"),
-    "EulerDiscreteScheduler": ("euler", "linspace"),
-    "EulerAncestralDiscreteScheduler": ("euler_ancestral", "linspace"),
-    "HeunDiscreteScheduler": ("heun", "linspace"),
-    "DPMSolverMultistepScheduler": ("dpm++_2m", "linspace"),
-    "DPMSolverSinglestepScheduler": ("dpm++_2s", "linspace"),
-    "UniPCMultistepScheduler": ("unipc", "linspace"),
-    "LCMScheduler": ("lcm", "leading"),
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "PNDMScheduler": "plms",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "HeunDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpm++_2m",
+    "DPMSolverSinglestepScheduler": "dpm++_2s",
+    "UniPCMultistepScheduler": "unipc",
+    "LCMScheduler": "lcm",
 }
+ASSUMED = "_use_default_values"  # keys of which nobody has chosen the value
 CLIPS_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler")
 BETA_DEFAULTS = {"LCMScheduler": (0.00085, 0.012, "scaled_linear")}
 USUAL_BETAS = (0.0001, 0.02, "linear")
@@ -72,7 +73,9 @@ def read_config(config: Mapping[str, Any], where: str) -> Loaded:
     name = str(config.get("_class_name"))
     if name not in CLASSES:
         logging.warning("%s: there is no sampler for %s here, ddim takes its place", where, name)
-    sampler, spacing = CLASSES.get(name, ("ddim", "leading"))
+    sampler = CLASSES.get(name, "ddim")
+    # diffusers forgets these where another class takes over a config.
+    config = {key: x for key, x in config.items() if key not in config.get(ASSUMED, ())}
     for key in ("thresholding", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas"):
         if config.get(key):
             raise UserError(f"{where} has {key}, which is not supported; set it to false")
@@ -93,7 +96,7 @@ def read_config(config: Mapping[str, Any], where: str) -> Loaded:
             schedule = rescaled_to_zero_terminal_snr(schedule)
         settings: dict[str, Any] = {
             "sampler": sampler,
-            "spacing": config.get("timestep_spacing", spacing),
+            "spacing": config.get("timestep_spacing", ""),
             "offset": int(config.get("steps_offset", 0)),
             "sigmas": "karras" if config.get("use_karras_sigmas") else "schedule",
         }

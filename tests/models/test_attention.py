@@ -56,7 +56,7 @@ def computed(request, monkeypatch):
 
 @pytest.mark.parametrize(
     ("queries", "keys", "causal"),
-    [(8, 3, False), (11, 7, False), (2, 1, False), (11, 11, True)],
+    [(8, 3, False), (11, 7, False), (11, 11, True)],
 )
 def test_values_and_gradients_equal_numpy(computed, queries, keys, causal):
     q, k, v = normal(0, 2, queries, 2, 8), normal(1, 2, keys, 2, 8), normal(2, 2, keys, 2, 8)

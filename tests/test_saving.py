@@ -1,0 +1,147 @@
+"""Whole models out of the package and back: diffusers' pipelines draw the same pictures."""
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+import latent_diffusion_jax
+from configs import txt2img
+from latent_diffusion_jax import build, loading, saving
+from latent_diffusion_jax.conditioning import tokenizers
+from latent_diffusion_jax.convert import convert
+from latent_diffusion_jax.pipelines import Pipeline
+from latent_diffusion_jax.runtime.errors import UserError
+from tests.stable_diffusion_files import make_pipeline
+from tests.torch_networks import draw_params
+
+PROMPT, NEGATIVE = "a photo of a red circle", "blue"
+NOISE = np.random.default_rng(0).normal(size=(1, 8, 8, 4)).astype(np.float32)
+SETTINGS = dict(steps=5, guidance_scale=5.0)
+
+
+def draw(pipe, **options):
+    return pipe(PROMPT, negative_prompt=NEGATIVE, latents=NOISE, **SETTINGS, **options) / 255.0
+
+
+def draw_theirs(pipeline, noise=NOISE, **options):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        [PROMPT],
+        latents=torch.tensor(noise).permute(0, 3, 1, 2),
+        num_inference_steps=5,
+        guidance_scale=5.0,
+        output_type="np",
+        **options,
+    ).images
+
+
+@pytest.mark.parametrize(
+    ("version", "prediction_type"), [(1, "epsilon"), (2, "v_prediction"), (1, "sample")]
+)
+def test_stable_diffusion_to_diffusers_and_back(version, prediction_type, tmp_path):
+    make_pipeline(tmp_path / "in", version=version, prediction_type=prediction_type)
+    convert([str(tmp_path / "in")], "diffusers", str(tmp_path / "out"), part="model")
+    written = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+    ours = draw(latent_diffusion_jax.load(tmp_path / "out"))
+    theirs = draw_theirs(written, negative_prompt=[NEGATIVE])
+    assert theirs.std() > 0.02
+    assert np.abs(ours - theirs).max() <= 1.01 / 255
+    original = latent_diffusion_jax.load(tmp_path / "in")
+    same = dict(sampler="dpm++_2m", spacing="trailing")
+    ours = draw(latent_diffusion_jax.load(tmp_path / "out"), **same)
+    assert np.abs(ours - draw(original, **same)).max() <= 1.01 / 255
+
+
+@pytest.fixture(scope="module")
+def single_file(tmp_path_factory):
+    """A folder of diffusers, and the same model in one file."""
+    folder = tmp_path_factory.mktemp("single")
+    make_pipeline(folder / "in", groups=32, width=64)
+    file = folder / "model.safetensors"
+    convert([str(folder / "in")], "compvis", str(file), part="model")
+    return folder / "in", file
+
+
+def test_single_files_hold_the_same_model(single_file):
+    folder, file = single_file
+    original = latent_diffusion_jax.load(folder)
+    pipe = latent_diffusion_jax.load(file, tokenizer=folder / "tokenizer", num_heads=2)
+    assert pipe.model.settings.sampler == original.model.settings.sampler == "plms"
+    options = dict(height=32, width=32)
+    assert np.abs(draw(pipe, **options) - draw(original, **options)).max() <= 1.01 / 255
+    for a, b in zip(jax.tree.leaves(pipe.params), jax.tree.leaves(original.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_averages_in_single_files_are_taken_unless_asked_not_to(single_file, tmp_path):
+    folder, file = single_file
+    tensors = load_file(file)
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    average = "model_ema.diffusion_modelinput_blocks00weight"
+    save_file(tensors | {average: 2 * tensors[name]}, tmp_path / "both.safetensors")
+    for ema, factor in ((True, 2.0), (False, 1.0)):
+        model = loading.load_model(
+            tmp_path / "both.safetensors", tokenizer=folder / "tokenizer", num_heads=2, ema=ema
+        )
+        kernel = model.params["unet"]["conv_in"]["kernel"]
+        np.testing.assert_allclose(kernel, factor * tensors[name].transpose(2, 3, 1, 0), rtol=1e-6)
+
+
+def test_single_files_that_lack_something_are_refused(single_file, tmp_path):
+    folder, file = single_file
+    with pytest.raises(UserError, match="holds no tokenizer, as no such file does"):
+        latent_diffusion_jax.load(file, num_heads=2)
+    tensors = load_file(file)
+    lost = "model.diffusion_model.middle_block.0.in_layers.2.weight"
+    save_file({k: x for k, x in tensors.items() if k != lost}, tmp_path / "less.safetensors")
+    with pytest.raises(UserError, match=r"1 missing: .*middle_block\.0\.in_layers\.2\.weight"):
+        latent_diffusion_jax.load(
+            tmp_path / "less.safetensors", tokenizer=folder / "tokenizer", num_heads=2
+        )
+    (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cut short"):
+        latent_diffusion_jax.load(tmp_path / "cut.safetensors", tokenizer=folder / "tokenizer")
+
+
+def test_what_was_trained_here_becomes_a_pipeline_of_diffusers(tmp_path):
+    """The paper's model in miniature, with its prompts of 77 tokens."""
+    config = txt2img.get_config("smoke")
+    config.tokenizer.max_length = 77
+    config.first_stage.autoencoder.z_channels = config.first_stage.autoencoder.embed_dim = 4
+    config.first_stage.autoencoder.channel_multipliers = (1, 1, 1, 1)  # their f is 8
+    config.unet.channels, config.unet.num_groups = 16, 4
+    words = tokenizers.train([PROMPT, NEGATIVE] * 20, 300, 77)
+    tokenizer = tokenizers.prompt_tokenizer(words)
+    ldm = build.latent_diffusion(config, tokenizer.vocab_size, 77)
+    tokens = jax.numpy.zeros((1, 77), jax.numpy.int32)
+    latents, noise = jax.numpy.zeros((1, 4, 4, 4)), NOISE[:, :4, :4]
+    context = jax.numpy.zeros((1, 77, ldm.conditioner.width))
+    params = {
+        "autoencoder": draw_params(ldm.autoencoder, jax.numpy.zeros((1, 32, 32, 3))),
+        "scale_factor": np.float32(0.7),
+        "conditioner": draw_params(ldm.conditioner, tokens, seed=1),
+        "unet": draw_params(ldm.unet, latents, jax.numpy.zeros(1), context, seed=2),
+    }
+    model = loading.Model(ldm, params, tokenizer, build.sample_settings(config))
+    saving.save_diffusers(tmp_path / "out", model)
+
+    written = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert type(written).__name__ == "LDMTextToImagePipeline"
+    theirs = draw_theirs(written, noise, height=32, width=32, eta=0.0)
+    ours = Pipeline(model)(PROMPT, latents=noise, **SETTINGS) / 255.0
+    assert theirs.std() > 0.02
+    assert np.abs(ours - theirs).max() <= 1.01 / 255
+    again = latent_diffusion_jax.load(tmp_path / "out")(PROMPT, latents=noise, **SETTINGS) / 255.0
+    assert np.abs(again - theirs).max() <= 1.01 / 255
+
+
+def test_a_trained_workdir_exports(trained_workdir, tmp_path):
+    convert([str(trained_workdir)], "diffusers", str(tmp_path / "out"), part="model")
+    assert (
+        diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet").sample_size == 8
+    )
+    with pytest.raises(UserError, match="32"):
+        convert([str(trained_workdir)], "compvis", str(tmp_path / "a.safetensors"), part="model")
