@@ -172,6 +172,7 @@ DIGITS = Model(
         encoder_ffn_dim=256,
         encoder_attention_heads=2,
         head_dim=32,
+        dropout=0.0,
     ),
     config="digits",
 )
@@ -197,6 +198,7 @@ SMOKE = Model(
         encoder_ffn_dim=64,
         encoder_attention_heads=2,
         head_dim=8,
+        dropout=0.0,
     ),
     config="smoke",
 )

@@ -95,6 +95,12 @@ def load_model(
     return _computing_in(model, dtype) if dtype != "float32" else model
 
 
+def with_settings(model: Model, **chosen: Any) -> Model:
+    """The model with other settings; those that are None stay."""
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return dataclasses.replace(model, settings=dataclasses.replace(model.settings, **given))
+
+
 def _computing_in(model: Model, dtype: str) -> Model:
     wanted = build.DTYPES[dtype]
     networks = {

@@ -4,7 +4,6 @@ pipe = latent_diffusion_jax.load("runs/digits")
 images = pipe("a handwritten seven", num_images=4, seed=0)  # uint8 [4, H, W, 3]
 """
 
-import dataclasses
 import math
 import pathlib
 import sys
@@ -163,9 +162,7 @@ class Pipeline:
             "sigmas": sigmas,
             "spacing": spacing,
         }
-        settings = dataclasses.replace(
-            self.model.settings, **{k: v for k, v in chosen.items() if v is not None}
-        )
+        settings = loading.with_settings(self.model, **chosen).settings
         prompts = _repeated(_listed(prompt), num_images, "num_images")
         size = self._size(height, width)
         seeds = _seeds(seed, len(prompts))

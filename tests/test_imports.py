@@ -23,7 +23,7 @@ LAYERS = (
     ("first_stages", "config_checks"),
     ("loading",),
     ("pipelines", "saving", "autoencoding"),
-    ("train", "sample", "evaluate", "convert", "encode", "reconstruct"),
+    ("train", "sample", "evaluate", "convert", "encode", "reconstruct", "export", "exported_draw"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

@@ -1,0 +1,164 @@
+r"""Exports the whole sampler, from token ids to pixels, as one program that needs JAX alone.
+
+  python -m latent_diffusion_jax.export --model=runs/digits --out=exported \
+      --prompt="a handwritten seven" --steps=50
+  python exported/draw.py --seed=3 --out=image.npy
+
+Writes to --out: program.stablehlo, for CPUs, GPUs and TPUs; weights.safetensors, which it takes as
+arguments; inputs.npz with the prompt's tokens and the sampler's plan, also arguments; and draw.py,
+which runs all of it. Other prompts, seeds, samplers and numbers of steps are other inputs of the
+same program: export again with --inputs_only.
+"""
+
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from latent_diffusion_jax import build, loading
+from latent_diffusion_jax.conditioning import prompts
+from latent_diffusion_jax.diffusion.samplers import SAMPLERS
+from latent_diffusion_jax.loading import Model
+from latent_diffusion_jax.runtime import loggers
+from latent_diffusion_jax.runtime.commands import run
+from latent_diffusion_jax.runtime.errors import UserError, as_user_error
+from latent_diffusion_jax.runtime.trees import flatten_names
+from latent_diffusion_jax.sampling import Request, make_draw, make_plan
+from latent_diffusion_jax.weights import files
+
+FLAGS = flags.FLAGS
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+PLAN = "plan/"  # names of the plan's arrays begin with it
+PROGRAM, WEIGHTS, INPUTS = "program.stablehlo", "weights.safetensors", "inputs.npz"
+LOADER = pathlib.Path(__file__).parent / "exported_draw.py"  # is copied beside the program
+
+
+def program_of(model: Model, height: int, width: int) -> Any:
+    """The sampler as a function of flat dictionaries, so that its loader needs no classes.
+
+    (weights {name: array}, inputs {name: array}, seeds uint32 [B]) -> uint8 [B, H, W, C]
+    """
+    draw = make_draw(model.ldm, height, width)
+    plan = make_plan(model.ldm.schedule, model.ldm.prediction_type, model.settings)
+
+    def filled(tree: Any, values: dict[str, jax.Array], prefix: str = "") -> Any:
+        leaves = [values[prefix + name] for name in flatten_names(tree)]
+        return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+    def program(
+        weights: dict[str, jax.Array], inputs: dict[str, jax.Array], seeds: jax.Array
+    ) -> jax.Array:
+        texts = {
+            name: jax.numpy.broadcast_to(value, (len(seeds), *value.shape[1:]))
+            for name, value in inputs.items()
+            if not name.startswith(PLAN)
+        }
+        params = filled(model.params, weights)
+        images, _ = draw(params, Request(seeds, **texts), filled(plan, inputs, PLAN))
+        return jax.numpy.round((images + 1.0) * 127.5).astype(jax.numpy.uint8)
+
+    return program
+
+
+def inputs_of(
+    model: Model, prompt: str, negative_prompt: str, max_chunks: int
+) -> dict[str, np.ndarray]:
+    """What the program takes beside weights and seeds: tokens and the sampler's plan."""
+    inputs: dict[str, np.ndarray] = {}
+    if model.tokenizer is not None:
+        texts = [prompt] + [negative_prompt] * (model.settings.guidance_scale != 1.0)
+        tokens, weights = prompts.tokenize_weighted(model.tokenizer, texts, max_chunks)
+        inputs |= {"tokens": tokens[:1], "weights": weights[:1]}
+        if len(texts) > 1:
+            inputs |= {"null_tokens": tokens[1:], "null_weights": weights[1:]}
+    elif prompt or negative_prompt:
+        raise UserError("this model takes no prompt: it is unconditional")
+    with as_user_error("the sampler"):
+        plan = make_plan(model.ldm.schedule, model.ldm.prediction_type, model.settings)
+    return inputs | {PLAN + name: np.asarray(leaf) for name, leaf in flatten_names(plan).items()}
+
+
+def export(
+    model: Model,
+    out: pathlib.Path,
+    *,
+    prompt: str,
+    negative_prompt: str,
+    batch_size: int,
+    height: int,
+    width: int,
+    max_chunks: int,
+    inputs_only: bool = False,
+) -> None:
+    """Writes the files that the module's docstring lists; arguments are the command's flags.
+
+    Raises:
+      UserError: the model or an argument does not fit, or a file cannot be written.
+    """
+    if model.sees_mask:
+        raise UserError("models that paint into images are not exported: they need an image")
+    inputs = inputs_of(model, prompt, negative_prompt, max_chunks)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        np.savez(out / INPUTS, allow_pickle=False, **inputs)
+        if inputs_only:
+            return
+        shutil.copyfile(LOADER, out / "draw.py")
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from error
+    weights = {name: np.asarray(leaf) for name, leaf in flatten_names(model.params).items()}
+    with as_user_error("the program"):
+        program = program_of(model, height, width)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (weights, inputs))
+    seeds = jax.ShapeDtypeStruct((batch_size,), np.uint32)
+    exported = jax.export.export(jax.jit(program), platforms=PLATFORMS)(*shapes, seeds)
+    files.write(out / WEIGHTS, weights)
+    (out / PROGRAM).write_bytes(exported.serialize())
+
+
+def define_flags() -> None:
+    flags.DEFINE_string(
+        "model", None, "A workdir of train, a folder of diffusers or a single file.", required=True
+    )
+    flags.DEFINE_string("tokenizer", None, "Folder of the tokenizer, for single files.")
+    flags.DEFINE_enum("dtype", "float32", sorted(build.DTYPES), "Of weights and computation.")
+    flags.DEFINE_string("out", None, "Folder to write to.", required=True)
+    flags.DEFINE_string("prompt", "", "What to draw.")
+    flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
+    flags.DEFINE_enum("sampler", None, sorted(SAMPLERS), "Default: the model's.")
+    flags.DEFINE_integer("steps", None, "Sampling steps; default: the model's.", lower_bound=1)
+    flags.DEFINE_float("guidance_scale", None, "1 is no guidance; default: the model's.")
+    flags.DEFINE_integer("batch_size", 1, "Images that the program draws at once.", lower_bound=1)
+    flags.DEFINE_integer("height", None, "Pixels; default as in training.", lower_bound=1)
+    flags.DEFINE_integer("width", None, "Pixels; default as in training.", lower_bound=1)
+    flags.DEFINE_integer("max_chunks", 1, "Chunks of tokens of a prompt.", lower_bound=1)
+    flags.DEFINE_boolean("inputs_only", False, "Write only what a new prompt or sampler changes.")
+
+
+def main() -> None:
+    loggers.set_up_logging()
+    model = loading.load_model(FLAGS.model, dtype=FLAGS.dtype, tokenizer=FLAGS.tokenizer)
+    chosen = {name: FLAGS[name].value for name in ("sampler", "steps", "guidance_scale")}
+    model = loading.with_settings(model, **chosen)
+    out = pathlib.Path(FLAGS.out).expanduser()
+    export(
+        model,
+        out,
+        prompt=FLAGS.prompt,
+        negative_prompt=FLAGS.negative_prompt,
+        batch_size=FLAGS.batch_size,
+        height=FLAGS.height or model.ldm.image_size,
+        width=FLAGS.width or model.ldm.image_size,
+        max_chunks=FLAGS.max_chunks,
+        inputs_only=FLAGS.inputs_only,
+    )
+    print(f"{FLAGS.model} -> {out}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    run(main)
