@@ -53,8 +53,8 @@ def paper() -> ConfigDict:
     config.unet.channel_multipliers = (1, 2, 4, 4)
     config.unet.num_res_blocks = 2
     config.unet.attention_levels = (0, 1, 2)  # 0 is the highest resolution
-    config.unet.num_heads = 0  # of an attention; one of it and head_dim is 0
-    config.unet.head_dim = 40  # channels of a head
+    config.unet.num_heads = 8  # of an attention; one of it and head_dim is 0
+    config.unet.head_dim = 0  # channels of a head
     config.unet.transformer_depth = 1
     config.unet.scale_shift_norm = False  # timesteps scale and shift normalised features
     config.unet.resblock_updown = False  # residual blocks change the resolution, not convolutions
@@ -138,6 +138,7 @@ def digits(config: ConfigDict) -> ConfigDict:
     config.unet.channels = 32
     config.unet.channel_multipliers = (1, 2)
     config.unet.attention_levels = (0, 1)
+    config.unet.num_heads = 0
     config.unet.head_dim = 32
     config.unet.num_groups = 8
     config.unet.dtype = "float32"

@@ -5,7 +5,7 @@
 docs/tiles.png: a 2048x2048 image decoded in tiles of 512, at a quarter of its size; and at full
 size, around a place where four tiles meet, in tiles, whole, and eight times their difference.
 Prints the error and the memory of both. Takes some minutes: at a factor of 4 the whole image's
-attention is between 262,144 pixels, which is done in chunks of queries here.
+attention is between 262,144 pixels.
 """
 
 import pathlib
@@ -17,19 +17,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from latent_diffusion_jax import autoencoding
-from latent_diffusion_jax.models import attention
 from latent_diffusion_jax.runtime import images
 
 SIDE, TILE, OVERLAP, SHOWN = 2048, 512, 128, 512
-QUERIES = 1024
-attend = attention.dot_product_attention
-
-
-def attend_in_chunks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    if q.shape[1] <= QUERIES:
-        return attend(q, k, v)
-    chunks = q.reshape(q.shape[0], -1, QUERIES, *q.shape[2:]).swapaxes(0, 1)
-    return jax.lax.map(lambda q: attend(q, k, v), chunks).swapaxes(0, 1).reshape(q.shape)
 
 
 def temporaries(autoencoder: autoencoding.Autoencoder, latents: np.ndarray) -> float:
@@ -48,9 +38,9 @@ def main(workdir: str) -> None:
     one_tile = latents[:, : TILE // factor, : TILE // factor]
     print(f"{temporaries(tiled, latents):.0f} MiB in tiles")
     print(f"{temporaries(whole, one_tile):.0f} MiB for {TILE}x{TILE} pixels")
+    print(f"{temporaries(whole, latents):.0f} MiB for {SIDE}x{SIDE} pixels whole")
 
     ours = tiled.decode(latents).astype(int)
-    attention.dot_product_attention = attend_in_chunks
     reference = whole.decode(latents).astype(int)
     difference = np.abs(ours - reference)
     psnr = 10 * np.log10(255**2 / np.square(difference).mean())

@@ -33,6 +33,7 @@ import numpy as np
 from absl import flags
 
 from latent_diffusion_jax import build, first_stages, pipelines
+from latent_diffusion_jax.diffusion.samplers import SAMPLERS
 from latent_diffusion_jax.evaluation import reconstruction
 from latent_diffusion_jax.evaluation.measured_data import data_to_measure, open_images
 from latent_diffusion_jax.evaluation.precision_recall import precision_recall
@@ -213,7 +214,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Seed of the first sample; the next ones count up from it.")
     flags.DEFINE_integer("steps", None, "Sampling steps; default from the config.", lower_bound=1)
     flags.DEFINE_float("guidance_scale", None, "1 is no guidance; default from the config.")
-    flags.DEFINE_string("sampler", None, "ddim or ddpm; default from the config.")
+    flags.DEFINE_enum("sampler", None, sorted(SAMPLERS), "Default from the config.")
     flags.DEFINE_string("data_name", None, "Folder or TFDS dataset; default the config's.")
     flags.DEFINE_string("data_dir", None, "Where TFDS keeps its datasets.")
     flags.DEFINE_string("image_key", None, "TFDS feature with the image.")
