@@ -15,8 +15,9 @@ a GPU that both find, both use it. All weights are random.
                                   AdamW, clipping of gradients, moving average
   digits_ddim50_b64, ..._b1       50 steps of DDIM with that UNet, 64 samples and one
 
-Those of Stable Diffusion need 20 GiB of memory, 8 GiB of disk in $TMPDIR, and most of the time;
-`tiny_*` are small ones of each kind to see that all runs.
+Those of Stable Diffusion need 5 GiB of disk in $TMPDIR, and most of the memory and of the time;
+`tiny_*` are small ones of each kind to see that all runs. Run it on an idle machine: where others
+keep the processors busy, PyTorch's threads spin for one another, milliseconds for each layer.
 
 Prints a table, and writes it to OUT.md with the machine's description and all times to OUT.json.
 Exits with 1 where the two sides do not agree on the results.

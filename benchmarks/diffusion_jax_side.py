@@ -58,7 +58,9 @@ def load_unet(case: Case, folder: pathlib.Path):
     """The UNet and its parameters in the case's dtype, on the device."""
     loaded = unets.load(folder / "unet")
     dtype = build.DTYPES[case.dtype]
-    params = jax.tree.map(lambda leaf: jax.device_put(leaf.astype(dtype)), loaded.params)
+    params = jax.tree.map(
+        lambda leaf: jax.device_put(leaf.astype(dtype, copy=False)), loaded.params
+    )
     return UNet(**loaded.fields, dtype=dtype), params
 
 

@@ -81,7 +81,7 @@ _run = jax.jit(lambda z, plan, keys: plans.sample(predict, z, plan, keys)[0])
 def main(out: str) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4))
+    figure, axes = plt.subplots(figsize=(8, 4))
     for name, order in ORDERS.items():
         errors = [error(name, num_steps) for num_steps in STEPS]
         slope = np.log2(errors[1] / errors[2])
@@ -91,7 +91,7 @@ def main(out: str) -> None:
         )
     axes.set_xlabel("calls of the network")
     axes.set_ylabel("error")
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(out, dpi=100)
 

@@ -26,7 +26,7 @@ from latent_diffusion_jax.runtime import images as pictures
 from latent_diffusion_jax.runtime import sharding
 from latent_diffusion_jax.runtime.compilation import compiler_options, use_persistent_cache
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.sampling import Request, Settings, make_draw, make_plan
+from latent_diffusion_jax.sampling import Request, make_draw, make_plan
 
 MAX_SEED = 2**32 - 1
 Picture = str | pathlib.Path | Image.Image | np.ndarray
@@ -184,98 +184,54 @@ class Pipeline:
         except ValueError as error:
             raise UserError(str(error)) from error
         program = self.program(*size, previews)
-        rows = self._rows(
-            prompts,
-            negative_prompt,
-            num_images,
-            settings,
-            seeds,
-            max_chunks,
-            latents,
-            size,
-            (variation_seed, variation_strength),
-        )
-        shared = self._shared(settings, image, mask, size, variation_seed, variation_strength)
+        guided = settings.guidance_scale != 1.0
+        negatives = _listed(negative_prompt)
+        if len(negatives) > 1:
+            negatives = _repeated(negatives, num_images, "num_images")
+        rows = {"seeds": np.array(seeds, np.uint32)}
+        rows |= self._texts(prompts, negatives, guided, max_chunks)
+        shape = (len(prompts), *self.ldm.shape_of(*size))
+        if latents is not None:
+            if variation_seed is not None:
+                raise UserError("give either latents or variation_seed")
+            rows["noise"] = _noise(latents, shape)
+        shared: dict[str, Any] = {}
+        if variation_seed is not None:
+            rows["variation_seeds"] = _variation_seeds(variation_seed, len(prompts))
+            if not 0.0 <= variation_strength <= 1.0:
+                raise UserError(f"variation_strength must be in [0, 1], got {variation_strength}")
+            shared["variation_strength"] = np.float32(variation_strength)
+        if "null_tokens" in rows:
+            shared["guidance_rescale"] = np.float32(settings.guidance_rescale)
+        if image is not None:
+            shared["image"] = pictures.to_float(_pixels(image, size, "RGB"))
+        if mask is not None:
+            shared["mask"] = (_pixels(mask, size, "L") / 255.0).astype(np.float32)
         return self._draw(program, plan, rows, shared, size, batch_size, previews)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         size = self.ldm.image_size
         return (size if height is None else height), (size if width is None else width)
 
-    def _rows(
-        self,
-        prompts: list[str],
-        negative_prompt: str | Sequence[str],
-        num_images: int,
-        settings: Settings,
-        seeds: list[int],
-        max_chunks: int,
-        latents: np.ndarray | None,
-        size: tuple[int, int],
-        variation: tuple[int | None, float],
+    def _texts(
+        self, prompts: list[str], negatives: list[str], guided: bool, max_chunks: int
     ) -> dict[str, np.ndarray]:
-        """The parts of a request that have a row for each image."""
-        count = len(prompts)
-        rows: dict[str, np.ndarray] = {"seeds": np.array(seeds, np.uint32)}
+        """Tokens and weights of the prompts and, for guidance, of what it leads away from."""
         if self.tokenizer is None:
-            if any(prompts) or negative_prompt:
+            if any(prompts) or any(negatives):
                 raise UserError("this model takes no prompt: it is unconditional")
-        else:
-            negatives = _listed(negative_prompt)
-            if len(negatives) == 1:
-                negatives *= count
-            else:
-                negatives = _repeated(negatives, num_images, "num_images")
-            if len(negatives) != count:
-                raise UserError(
-                    f"{len(negatives) // num_images} negative prompts for {count // num_images} "
-                    "prompts"
-                )
-            guided = settings.guidance_scale != 1.0
-            wanted = prompts + negatives if guided else prompts
-            tokens, weights = weighted_prompts.tokenize_weighted(self.tokenizer, wanted, max_chunks)
-            rows |= {"tokens": tokens[:count], "weights": weights[:count]}
-            if guided:
-                rows |= {"null_tokens": tokens[count:], "null_weights": weights[count:]}
-        shape = self.ldm.shape_of(*size)
-        if latents is not None:
-            if np.shape(latents) not in ((count, *shape), (1, *shape)):
-                raise UserError(
-                    f"latents must be [{count}, {', '.join(map(str, shape))}], got "
-                    f"{np.shape(latents)}"
-                )
-            rows["noise"] = np.broadcast_to(np.asarray(latents, np.float32), (count, *shape))
-        if variation[0] is not None:
-            if not 0 <= variation[0] <= MAX_SEED:
-                raise UserError(f"variation_seed must be in 0..{MAX_SEED}, got {variation[0]}")
-            if not 0.0 <= variation[1] <= 1.0:
-                raise UserError(f"variation_strength must be in [0, 1], got {variation[1]}")
-            if latents is not None:
-                raise UserError("give either latents or variation_seed")
-            others = (variation[0] + np.arange(count)) % (MAX_SEED + 1)
-            rows["variation_seeds"] = others.astype(np.uint32)
+            return {}
+        count = len(prompts)
+        if len(negatives) == 1:
+            negatives = negatives * count
+        if len(negatives) != count:
+            raise UserError(f"{len(negatives)} negative prompts for {count} images")
+        wanted = prompts + negatives if guided else prompts
+        tokens, weights = weighted_prompts.tokenize_weighted(self.tokenizer, wanted, max_chunks)
+        rows = {"tokens": tokens[:count], "weights": weights[:count]}
+        if guided:
+            rows |= {"null_tokens": tokens[count:], "null_weights": weights[count:]}
         return rows
-
-    def _shared(
-        self,
-        settings: Settings,
-        image: Picture | None,
-        mask: Picture | None,
-        size: tuple[int, int],
-        variation_seed: int | None,
-        variation_strength: float,
-    ) -> dict[str, np.ndarray]:
-        """The parts of a request that all images have in common."""
-        shared: dict[str, Any] = {}
-        if self.tokenizer is not None and settings.guidance_scale != 1.0:
-            shared["guidance_rescale"] = np.float32(settings.guidance_rescale)
-        if variation_seed is not None:
-            shared["variation_strength"] = np.float32(variation_strength)
-        if image is not None:
-            shared["image"] = pictures.to_float(_pixels(image, size, "RGB"))
-        if mask is not None:
-            shared["mask"] = (_pixels(mask, size, "L") / 255.0).astype(np.float32)
-        return shared
 
     def _draw(
         self,
@@ -354,6 +310,18 @@ def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
     if not all(0 <= s <= MAX_SEED for s in seeds):
         raise UserError(f"seeds must be in 0..{MAX_SEED}, got {min(seeds)}..{max(seeds)}")
     return seeds
+
+
+def _variation_seeds(seed: int, count: int) -> np.ndarray:
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"variation_seed must be in 0..{MAX_SEED}, got {seed}")
+    return ((seed + np.arange(count)) % (MAX_SEED + 1)).astype(np.uint32)
+
+
+def _noise(latents: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if np.shape(latents) not in (shape, (1, *shape[1:])):
+        raise UserError(f"latents must be {list(shape)}, got {np.shape(latents)}")
+    return np.broadcast_to(np.asarray(latents, np.float32), shape)
 
 
 def _pixels(picture: Picture, size: tuple[int, int], mode: str) -> np.ndarray:

@@ -90,7 +90,7 @@ def test_bad_arguments_are_refused(pipe, tmp_path):
             r"latents must be \[1, 8, 8, 3\], got \(1, 4, 4, 3\)",
         ),
         ({"variation_seed": 1, "variation_strength": 2.0}, "variation_strength must be in"),
-        ({"negative_prompt": ["a", "b", "c"]}, "3 negative prompts for 1 prompts"),
+        ({"negative_prompt": ["a", "b", "c"]}, "3 negative prompts for 1 images"),
         ({"previews": -1}, "previews must not be negative"),
         ({"max_chunks": 0}, "max_chunks=0 must be at least 1"),
     ):
