@@ -37,6 +37,7 @@ def convert(
     part: str = "first_stage",
     tokenizer: str | None = None,
     num_heads: int | None = None,
+    prediction_type: str | None = None,
 ) -> None:
     """Reads `sources` and writes `out`; the arguments are the command's flags.
 
@@ -49,7 +50,9 @@ def convert(
     if len(sources) != 1:
         raise UserError(f"a {part.replace('_', ' ')} has one source, got {len(sources)}")
     if part == "model":
-        model = loading.load_model(sources[0], tokenizer=tokenizer, num_heads=num_heads)
+        model = loading.load_model(
+            sources[0], tokenizer=tokenizer, num_heads=num_heads, prediction_type=prediction_type
+        )
         save = saving.save_diffusers if to == "diffusers" else saving.save_single_file
         save(out, model)
         return
@@ -85,10 +88,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "tokenizer", None, "Folder of the tokenizer, where a single file is the source of a model."
     )
-    flags.DEFINE_integer(
-        "num_heads", None, "Of the UNet's attention, where a single file is the source of a model.",
-        lower_bound=1,
-    )  # fmt: skip
+    loading.define_flags()
     flags.DEFINE_string(
         "out", None, "A folder for diffusers, else a .safetensors file.", required=True
     )
@@ -112,6 +112,7 @@ def main() -> None:
         FLAGS.part,
         FLAGS.tokenizer,
         FLAGS.num_heads,
+        FLAGS.prediction_type,
     )
     print(f"{' and '.join(FLAGS.source)} -> {FLAGS.out}")
 

@@ -102,6 +102,8 @@ def export(
     if model.sees_mask:
         raise UserError("models that paint into images are not exported: they need an image")
     inputs = inputs_of(model, prompt, negative_prompt, max_chunks)
+    if inputs_only:
+        _check_same_shapes(inputs, out / INPUTS)
     try:
         out.mkdir(parents=True, exist_ok=True)
         np.savez(out / INPUTS, allow_pickle=False, **inputs)
@@ -120,11 +122,28 @@ def export(
     (out / PROGRAM).write_bytes(exported.serialize())
 
 
+def _check_same_shapes(inputs: dict[str, np.ndarray], path: pathlib.Path) -> None:
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            theirs = {name: found[name].shape for name in found.files}
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read the inputs of an exported program, {path}: {error}"
+        ) from error
+    ours = {name: value.shape for name, value in inputs.items()}
+    if ours != theirs:
+        raise UserError(
+            f"these inputs have other shapes than the program in {path.parent} takes: a prompt of "
+            f"other length, guidance where there was none, or none where there was; export anew"
+        )
+
+
 def define_flags() -> None:
     flags.DEFINE_string(
         "model", None, "A workdir of train, a folder of diffusers or a single file.", required=True
     )
     flags.DEFINE_string("tokenizer", None, "Folder of the tokenizer, for single files.")
+    loading.define_flags()
     flags.DEFINE_enum("dtype", "float32", sorted(build.DTYPES), "Of weights and computation.")
     flags.DEFINE_string("out", None, "Folder to write to.", required=True)
     flags.DEFINE_string("prompt", "", "What to draw.")
@@ -141,7 +160,13 @@ def define_flags() -> None:
 
 def main() -> None:
     loggers.set_up_logging()
-    model = loading.load_model(FLAGS.model, dtype=FLAGS.dtype, tokenizer=FLAGS.tokenizer)
+    model = loading.load_model(
+        FLAGS.model,
+        dtype=FLAGS.dtype,
+        tokenizer=FLAGS.tokenizer,
+        num_heads=FLAGS.num_heads,
+        prediction_type=FLAGS.prediction_type,
+    )
     chosen = {name: FLAGS[name].value for name in ("sampler", "steps", "guidance_scale")}
     model = loading.with_settings(model, **chosen)
     out = pathlib.Path(FLAGS.out).expanduser()

@@ -8,21 +8,23 @@ import jax
 import jax.export
 import numpy as np
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--out", default="images.npy", help="uint8 [N, H, W, C]")
-arguments = parser.parse_args()
-here = pathlib.Path(__file__).parent
-data = np.memmap(here / "weights.safetensors", np.uint8, "r")
-end = 8 + int(data[:8].view("<u8")[0])
-header = json.loads(data[8:end].tobytes())
-dtypes = {"F32": np.float32, "BF16": jax.numpy.bfloat16}
-weights = {
-    name: data[end + x["data_offsets"][0] : end + x["data_offsets"][1]]
-    .view(dtypes[x["dtype"]]).reshape(x["shape"])
-    for name, x in header.items() if name != "__metadata__"
-}  # fmt: skip
-program = jax.export.deserialize(bytearray((here / "program.stablehlo").read_bytes()))
-count = program.in_avals[-1].shape[0]
-seeds = np.arange(arguments.seed, arguments.seed + count, dtype=np.uint32)
-np.save(arguments.out, jax.jit(program.call)(weights, dict(np.load(here / "inputs.npz")), seeds))
+
+def main(here: pathlib.Path, seed: int, out: str) -> None:
+    data = np.memmap(here / "weights.safetensors", np.uint8, "r")
+    end = 8 + int(data[:8].view("<u8")[0])
+    dtypes = {"F32": np.float32, "BF16": jax.numpy.bfloat16}
+    weights = {
+        name: data[end + x["data_offsets"][0] : end + x["data_offsets"][1]]
+        .view(dtypes[x["dtype"]]).reshape(x["shape"])
+        for name, x in json.loads(data[8:end].tobytes()).items() if name != "__metadata__"
+    }  # fmt: skip
+    program = jax.export.deserialize(bytearray((here / "program.stablehlo").read_bytes()))
+    seeds = np.arange(seed, seed + program.in_avals[-1].shape[0], dtype=np.uint32)
+    np.save(out, jax.jit(program.call)(weights, dict(np.load(here / "inputs.npz")), seeds))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="images.npy", help="uint8 [N, H, W, C]")
+    main(pathlib.Path(__file__).parent, **vars(parser.parse_args()))

@@ -56,6 +56,10 @@ class LatentDiffusion:
         return self.unet.out_channels
 
     @property
+    def image_channels(self) -> int:
+        return self.autoencoder.image_channels if self.autoencoder else self.unet.out_channels
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(h, w, c) of a latent at the size that the model was trained on."""
         return self.shape_of(self.image_size, self.image_size)

@@ -9,11 +9,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build, first_stages
 from latent_diffusion_jax.conditioning import tokenizers
 from latent_diffusion_jax.conditioning.tokenizers import PromptTokenizer
+from latent_diffusion_jax.diffusion.process import PREDICTION_TYPES
 from latent_diffusion_jax.ldm import LatentDiffusion
 from latent_diffusion_jax.models.clip_text import ClipTextEncoder
 from latent_diffusion_jax.models.text_transformer import TextTransformer
@@ -95,6 +97,16 @@ def load_model(
     return _computing_in(model, dtype) if dtype != "float32" else model
 
 
+def define_flags() -> None:
+    """Flags of the commands that load models, for what single files do not say."""
+    flags.DEFINE_integer(
+        "num_heads", None, "Heads of the UNet's attention, for single files.", lower_bound=1
+    )
+    flags.DEFINE_enum(
+        "prediction_type", None, PREDICTION_TYPES, "What the UNet predicts, for single files."
+    )
+
+
 def with_settings(model: Model, **chosen: Any) -> Model:
     """The model with other settings; those that are None stay."""
     given = {name: value for name, value in chosen.items() if value is not None}
@@ -120,7 +132,10 @@ def _load_workdir(workdir: pathlib.Path) -> Model:
     config = ConfigDict(checkpoints.read_json(directory, step, "config"))
     trained = tokenizers.load(json.dumps(checkpoints.read_json(directory, step, "tokenizer")))
     tokenizer = tokenizers.prompt_tokenizer(trained)
-    ldm = build.latent_diffusion(config, tokenizer.vocab_size, tokenizer.max_length)
+    try:
+        ldm = build.latent_diffusion(config, tokenizer.vocab_size, tokenizer.max_length)
+    except (AttributeError, KeyError) as error:  # ml_collections names the key
+        raise UserError(f"{workdir} is of another version: its config lacks {error}") from error
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     shapes = {
         "ema": jax.eval_shape(
@@ -173,8 +188,7 @@ def _load_folder(folder: pathlib.Path) -> Model:
         text = ldm_bert.load(folder / "bert")
         network = TextTransformer(**text.fields)
         load = tokenizers.load_bert
-        settings = folder / "tokenizer" / "tokenizer_config.json"
-        if folders.read_json(settings).get("tokenizer_class") == TRAINED_TOKENIZER:
+        if _trained_here(folder / "tokenizer"):
             load = tokenizers.load_trained
     if text is not None:
         if "tokenizer" not in present:
@@ -187,6 +201,14 @@ def _load_folder(folder: pathlib.Path) -> Model:
 
 
 KNOWN_PARTS = {"unet", "scheduler", "vae", "vqvae", "text_encoder", "bert", "tokenizer"}
+
+
+def _trained_here(tokenizer: pathlib.Path) -> bool:
+    """Whether a tokenizer's folder is one that `saving` wrote for a tokenizer of ours."""
+    settings = tokenizer / "tokenizer_config.json"
+    if not settings.is_file():
+        return False
+    return folders.read_json(settings).get("tokenizer_class") == TRAINED_TOKENIZER
 
 
 def unet_size(folder: pathlib.Path) -> int:
@@ -218,7 +240,10 @@ def _load_file(
     if unet.context_dim is not None:
         if LDM_BERT in tensors:
             text = ldm_bert.from_compvis(tensors, where)
-            network, load, kind = TextTransformer(**text.fields), tokenizers.load_bert, "BERT"
+            network, kind = TextTransformer(**text.fields), "BERT"
+            load = tokenizers.load_bert
+            if tokenizer is not None and _trained_here(pathlib.Path(tokenizer).expanduser()):
+                load = tokenizers.load_trained
         else:
             text = clip_text.from_compvis(tensors, where)
             network, load, kind = ClipTextEncoder(**text.fields), tokenizers.load_clip, "CLIP"
@@ -228,20 +253,38 @@ def _load_file(
                 f"files of {kind}'s (the folder tokenizer/ of any diffusers model of this kind)"
             )
         words = load(tokenizer, text.fields["vocab_size"], text.fields["max_length"])
+        padding = int(words.null[-1])
+        if unet.context_dim == OPENCLIP_WIDTH and padding == int(words.null[1]):
+            raise UserError(
+                f"the tokenizer in {tokenizer} pads with its end token, as Stable Diffusion 1's "
+                f"does; {path} needs one that pads with '!', as Stable Diffusion 2's does"
+            )
+    paints = unet.in_channels > unet.fields["out_channels"]
     second = unet.context_dim == OPENCLIP_WIDTH
     if prediction_type is None:
-        prediction_type = "v" if second else "epsilon"
+        prediction_type = "v" if second and not paints else "epsilon"
+        if second:
+            logging.warning(
+                "%s does not say what it predicts; taken for %s, as models for 768x768 pixels are "
+                "v and those for 512x512 and for painting epsilon (prediction_type)",
+                path,
+                prediction_type,
+            )
+    elif prediction_type not in PREDICTION_TYPES:
+        raise UserError(
+            f"unknown prediction_type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}"
+        )
     settings = {"sampler": "plms", "spacing": "leading", "offset": 1, "final": "first"}
     if prediction_type == "v":
         settings["sampler"] = "ddim"
     scheduler = schedulers.Loaded(single_files.noise_schedule(tensors), prediction_type, settings)
-    size = 768 if second and prediction_type == "v" else 512
-    if text is not None and isinstance(network, TextTransformer):
-        size = 256
+    size = 256
+    if isinstance(network, ClipTextEncoder):
+        size = 768 if second and prediction_type == "v" else 512
     return _assembled(
         where,
         first,
-        single_files.scale_factor(tensors),
+        first.scaling_factor or single_files.SCALE_FACTORS[first.kind],
         text,
         network,
         words if text is not None else None,
@@ -276,6 +319,18 @@ def _assembled(
         raise UserError(
             f"the UNet of {where} takes {unet.in_channels} channels and the latents have "
             f"{channels}: it is of another first stage, or of a kind that is not supported"
+        )
+    if denoiser.num_classes or denoiser.vector_dim:
+        raise UserError(f"the UNet of {where} takes labels or vectors, which is not supported")
+    if extra and network is None:
+        raise UserError(
+            f"the UNet of {where} takes {extra} channels beside the latents and no text, which is "
+            f"not supported"
+        )
+    if network is None and unet.context_dim is not None:
+        raise UserError(
+            f"the UNet of {where} attends to vectors of {unet.context_dim} and there is no text "
+            f"encoder to make them"
         )
     if network is not None and text is not None:
         if unet.context_dim != network.width:

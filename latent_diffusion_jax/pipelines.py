@@ -4,6 +4,7 @@ pipe = latent_diffusion_jax.load("runs/digits")
 images = pipe("a handwritten seven", num_images=4, seed=0)  # uint8 [4, H, W, 3]
 """
 
+import dataclasses
 import math
 import pathlib
 import sys
@@ -29,6 +30,8 @@ from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.sampling import Request, make_draw, make_plan
 
 MAX_SEED = 2**32 - 1
+TEXTS = ("tokens", "weights", "null_tokens", "null_weights")  # that have chunks
+IMAGE_SHAPES = ((), (1,), (3,), (4,))  # of an array, after height and width
 Picture = str | pathlib.Path | Image.Image | np.ndarray
 
 
@@ -40,10 +43,10 @@ class Pipeline:
     """
 
     def __init__(self, model: Model):
-        self.model = model
         devices = jax.devices()
         self._mesh = sharding.make_mesh({"data": len(devices), "fsdp": 1, "tensor": 1}, devices)
-        self._params = jax.device_put(model.params, sharding.replicated(self._mesh))
+        placed = jax.device_put(model.params, sharding.replicated(self._mesh))
+        self.model = dataclasses.replace(model, params=placed)
         self._programs: dict[tuple[int, int, int], Any] = {}
         self._compiled: set[Any] = set()
 
@@ -68,7 +71,7 @@ class Pipeline:
 
     @property
     def params(self) -> Any:
-        return self._params
+        return self.model.params
 
     def program(self, height: int, width: int, num_previews: int = 0) -> Any:
         """The jitted sampling function for a size, made once; see `sampling.make_draw`."""
@@ -166,6 +169,8 @@ class Pipeline:
         prompts = _repeated(_listed(prompt), num_images, "num_images")
         size = self._size(height, width)
         seeds = _seeds(seed, len(prompts))
+        if variation_strength and variation_seed is None:
+            raise UserError("variation_strength needs a variation_seed")
         if mask is not None and image is None:
             raise UserError("a mask needs an image to paint into")
         if self.model.sees_mask and mask is None:
@@ -201,13 +206,36 @@ class Pipeline:
             if not 0.0 <= variation_strength <= 1.0:
                 raise UserError(f"variation_strength must be in [0, 1], got {variation_strength}")
             shared["variation_strength"] = np.float32(variation_strength)
-        if "null_tokens" in rows:
-            shared["guidance_rescale"] = np.float32(settings.guidance_rescale)
         if image is not None:
-            shared["image"] = pictures.to_float(_pixels(image, size, "RGB"))
+            channels = self.ldm.image_channels
+            if channels not in pictures.MODES:
+                raise UserError(f"images of {channels} channels cannot be started from")
+            shared["image"] = pictures.to_float(_pixels(image, size, pictures.MODES[channels]))
         if mask is not None:
             shared["mask"] = (_pixels(mask, size, "L") / 255.0).astype(np.float32)
-        return self._draw(program, plan, rows, shared, size, batch_size, previews)
+        # Prompts of other lengths are other shapes: an image does not depend on its neighbours'.
+        counts = self._chunks(rows)
+        images = np.zeros((len(prompts), *size, self.ldm.image_channels), np.uint8)
+        shown = np.zeros((previews, *images.shape), np.uint8)
+        for count in np.unique(counts):
+            members = np.flatnonzero(counts == count)
+            group = {
+                name: row[members][:, :count] if name in TEXTS else row[members]
+                for name, row in rows.items()
+            }
+            images[members], shown[:, members] = self._draw(
+                program, plan, group, shared, size, batch_size
+            )
+        return (images, shown) if previews else images
+
+    def _chunks(self, rows: dict[str, np.ndarray]) -> np.ndarray:
+        """How many chunks the prompt and the negative prompt of each image fill, [N]."""
+        counts = np.ones(len(rows["seeds"]), int)
+        for name in ("tokens", "null_tokens"):
+            if self.tokenizer is not None and name in rows:
+                filled = (rows[name] != self.tokenizer.null).any(-1)
+                counts = np.maximum(counts, (filled * np.arange(1, filled.shape[1] + 1)).max(-1))
+        return counts
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         size = self.ldm.image_size
@@ -241,14 +269,13 @@ class Pipeline:
         shared: dict[str, np.ndarray],
         size: tuple[int, int],
         batch_size: int | None,
-        previews: int,
-    ) -> Any:
+    ) -> tuple[np.ndarray, np.ndarray]:
         count, devices = len(rows["seeds"]), self._mesh.size
         most = self.model.batch_size * devices if batch_size is None else batch_size
         if most < 1:
             raise UserError(f"batch_size must be at least 1, got {most}")
         most = min(most, count) if batch_size is None else most
-        if most > devices:
+        if most > 1:
             most = math.ceil(most / devices) * devices
         split = sharding.batch_sharding(self._mesh) if most % devices == 0 else None
         split = split or sharding.replicated(self._mesh)
@@ -266,21 +293,20 @@ class Pipeline:
             found, steps = self._run(program, request, jax.device_put(plan, same), size)
             drawn.append(pictures.to_uint8(np.asarray(found))[: count - start])
             shown.append(pictures.to_uint8(np.asarray(steps))[:, : count - start])
-        images = np.concatenate(drawn)
-        return (images, np.concatenate(shown, axis=1)) if previews else images
+        return np.concatenate(drawn), np.concatenate(shown, axis=1)
 
     def _run(self, program: Any, request: Request, plan: Plan, size: tuple[int, int]) -> Any:
         shapes = jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), request)
         kind = (id(program), str(shapes))
         if kind in self._compiled:
-            return program(self._params, request, plan)
+            return program(self.params, request, plan)
         print(
             f"compiling the sampler for {len(request.seeds)} image(s) of {size[0]}x{size[1]}; this "
             "is done once for each kind of call ...",
             file=sys.stderr,
         )
         start = time.perf_counter()
-        compiled = jax.block_until_ready(program(self._params, request, plan))
+        compiled = jax.block_until_ready(program(self.params, request, plan))
         seconds = time.perf_counter() - start
         print(f"compiled and drew in {seconds:.1f} s", file=sys.stderr)
         self._compiled.add(kind)
@@ -329,11 +355,17 @@ def _pixels(picture: Picture, size: tuple[int, int], mode: str) -> np.ndarray:
     if isinstance(picture, str | pathlib.Path):
         picture = pictures.read(picture, len(mode))
     if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.squeeze().ndim not in (2, 3):
+        shape = picture.shape
+        if picture.dtype != np.uint8 or len(shape) not in (2, 3) or shape[2:] not in IMAGE_SHAPES:
             raise UserError(
-                f"images as arrays must be uint8 [H, W, C], got {picture.dtype} {picture.shape}"
+                f"images as arrays must be uint8 [H, W] or [H, W, 1, 3 or 4], got {picture.dtype} "
+                f"{list(shape)}"
             )
-        picture = Image.fromarray(picture.squeeze())
+        picture = Image.fromarray(picture[..., 0] if shape[2:] == (1,) else picture)
+    if not isinstance(picture, Image.Image):
+        raise UserError(
+            f"an image is a file's name, a Pillow image or an array, got {type(picture).__name__}"
+        )
     loaded = picture.convert(mode)
     if loaded.size != size[::-1]:
         filtered = Image.Resampling.LANCZOS if mode == "RGB" else Image.Resampling.NEAREST
@@ -349,6 +381,7 @@ def load(
     tokenizer: str | pathlib.Path | None = None,
     ema: bool = True,
     num_heads: int | None = None,
+    prediction_type: str | None = None,
 ) -> Pipeline:
     """Loads a model to draw with.
 
@@ -360,11 +393,20 @@ def load(
       ema: the moving average of the weights where a file holds both.
       num_heads: of the UNet's attention, for single files, which do not say; see
         `weights.unet_compvis`.
+      prediction_type: `epsilon`, `v` or `z_0`, for single files, which do not say: Stable Diffusion
+        2's are taken for v, its models for 512x512 pixels predict epsilon.
 
     Raises:
       UserError: nothing is there, or it is damaged, incomplete or of another kind.
     """
     use_persistent_cache()
     return Pipeline(
-        loading.load_model(path, dtype=dtype, tokenizer=tokenizer, ema=ema, num_heads=num_heads)
+        loading.load_model(
+            path,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            ema=ema,
+            num_heads=num_heads,
+            prediction_type=prediction_type,
+        )
     )

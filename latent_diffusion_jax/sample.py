@@ -16,7 +16,7 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from latent_diffusion_jax import build, pipelines
+from latent_diffusion_jax import build, loading, pipelines
 from latent_diffusion_jax.diffusion.noise_levels import SIGMAS
 from latent_diffusion_jax.diffusion.samplers import SAMPLERS
 from latent_diffusion_jax.runtime import images, loggers
@@ -65,6 +65,7 @@ def define_flags() -> None:
     flags.DEFINE_alias("model", "workdir")
     flags.DEFINE_enum("dtype", "float32", sorted(build.DTYPES), "Of the computation.")
     flags.DEFINE_string("tokenizer", None, "Folder of the tokenizer, for single files.")
+    loading.define_flags()
     flags.DEFINE_string("prompt", None, "What to draw.")
     flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
     flags.DEFINE_string(
@@ -104,7 +105,13 @@ def main() -> None:
         (out if to_folder else out.parent).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to --out={FLAGS.out}: {error.strerror}") from error
-    pipe = pipelines.load(FLAGS.workdir, dtype=FLAGS.dtype, tokenizer=FLAGS.tokenizer)
+    pipe = pipelines.load(
+        FLAGS.workdir,
+        dtype=FLAGS.dtype,
+        tokenizer=FLAGS.tokenizer,
+        num_heads=FLAGS.num_heads,
+        prediction_type=FLAGS.prediction_type,
+    )
     prompts = [prompt for prompt in prompts for _ in range(FLAGS.num_images)]
     seeds = [FLAGS.seed + i for i in range(len(prompts))]
     drawn = pipe(

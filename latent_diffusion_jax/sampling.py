@@ -98,7 +98,11 @@ def make_plan(
     )
     timesteps = schedule.num_timesteps
     plan = plans.with_guidance(
-        plan, settings.guidance_scale, settings.guidance_interval, timesteps - 1
+        plan,
+        settings.guidance_scale,
+        settings.guidance_rescale,
+        settings.guidance_interval,
+        timesteps - 1,
     )
     plan = plans.with_previews(plan, num_previews)
     return plans.padded(plan, 2 * timesteps)  # Heun's sampler calls the network twice a step
@@ -114,7 +118,6 @@ class Request:
       weights: of the tokens [B, K, L], 1 where a prompt says nothing else.
       null_tokens, null_weights: of what guidance leads away from: the empty prompt, or a negative
         one; None for the model without guidance, at half the cost.
-      guidance_rescale: [], see `guidance.classifier_free`.
       variation_seeds: of other noise that the start is turned towards.
       variation_strength: [], 0 .. 1, how far.
       noise: to start from [B, h, w, c], in place of what the seeds give.
@@ -127,7 +130,6 @@ class Request:
     weights: jax.Array | None = None
     null_tokens: jax.Array | None = None
     null_weights: jax.Array | None = None
-    guidance_rescale: jax.Array | None = None
     variation_seeds: jax.Array | None = None
     variation_strength: jax.Array | None = None
     noise: jax.Array | None = None
@@ -196,8 +198,7 @@ def make_draw(
             predict = unguided(network, cond)
         else:
             null = condition(request.null_tokens, request.null_weights)
-            rescale = 0.0 if request.guidance_rescale is None else request.guidance_rescale
-            predict = classifier_free(network, cond, null, rescale, shape[-1])
+            predict = classifier_free(network, cond, null, plan.guidance_rescale, shape[-1])
         z_0, shown = plans.sample(
             predict, z, plan, step_keys, constrain=constrain, num_previews=num_previews
         )

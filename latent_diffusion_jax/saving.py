@@ -1,5 +1,6 @@
 """Whole models out: as a pipeline's folder of diffusers, or as one file of CompVis' code."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
@@ -13,11 +14,13 @@ from absl import logging
 from latent_diffusion_jax.loading import INDEX_FILE, OPENCLIP_WIDTH, TRAINED_TOKENIZER, Model
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL
 from latent_diffusion_jax.models.clip_text import ClipTextEncoder
+from latent_diffusion_jax.models.text_transformer import TextTransformer
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.weights import (
     autoencoders,
     clip_text,
     compvis,
+    diffusers,
     files,
     ldm_bert,
     schedulers,
@@ -26,7 +29,6 @@ from latent_diffusion_jax.weights import (
 )
 
 THEIR_LENGTH = 77  # tokens that LDM's pipeline of diffusers pads every prompt to
-VERSION = "0.40.0"
 
 
 def fields_of(network: nn.Module) -> dict[str, Any]:
@@ -72,20 +74,21 @@ def save_diffusers(folder: str | pathlib.Path, model: Model) -> None:
     )
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
     config = schedulers.make_config(
-        model.ldm.schedule, model.ldm.prediction_type, model.settings.clip
+        model.ldm.schedule, model.ldm.prediction_type, dataclasses.asdict(model.settings)
     )
     _write_json(folder / "scheduler" / "scheduler_config.json", config)
     tokenizer.save(folder / "tokenizer")
+    of_bert = "vocab.txt" in tokenizer.files
     index: dict[str, Any] = {
-        "_diffusers_version": VERSION,
-        vae: ["diffusers", autoencoders.diffusers.CLASSES[kind]],
+        "_diffusers_version": diffusers.VERSION,
+        vae: ["diffusers", diffusers.CLASSES[kind]],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", config["_class_name"]],
     }
     if of_clip:
         clip_text.save_hf(folder / "text_encoder", fields_of(text), params["conditioner"])
         index |= {
-            "_class_name": "StableDiffusionPipeline",
+            "_class_name": f"StableDiffusion{'Inpaint' * model.sees_mask}Pipeline",
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
             "safety_checker": [None, None],
@@ -97,7 +100,7 @@ def save_diffusers(folder: str | pathlib.Path, model: Model) -> None:
         index |= {
             "_class_name": "LDMTextToImagePipeline",
             "bert": ["latent_diffusion", "LDMBertModel"],
-            "tokenizer": ["transformers", TRAINED_TOKENIZER],
+            "tokenizer": ["transformers", "BertTokenizer" if of_bert else TRAINED_TOKENIZER],
         }
         if tokenizer.max_length != THEIR_LENGTH:
             logging.warning(
@@ -106,12 +109,13 @@ def save_diffusers(folder: str | pathlib.Path, model: Model) -> None:
                 tokenizer.max_length,
                 THEIR_LENGTH,
             )
-        settings = {
-            "tokenizer_class": TRAINED_TOKENIZER,
-            "model_max_length": tokenizer.max_length,
-            "pad_token": "[PAD]",
-        }
-        _write_json(folder / "tokenizer" / "tokenizer_config.json", settings)
+        if not of_bert:
+            settings = {
+                "tokenizer_class": TRAINED_TOKENIZER,
+                "model_max_length": tokenizer.max_length,
+                "pad_token": "[PAD]",
+            }
+            _write_json(folder / "tokenizer" / "tokenizer_config.json", settings)
     _write_json(folder / INDEX_FILE, index)
 
 
@@ -124,6 +128,16 @@ def save_single_file(path: str | pathlib.Path, model: Model) -> None:
     kind, first = _first_stage(model)
     params = jax.tree.map(np.asarray, dict(model.params))
     text, linear = model.ldm.conditioner, _linear(params)
+    if isinstance(text, TextTransformer) and text.num_heads != ldm_bert.NUM_HEADS:
+        raise UserError(
+            f"single files do not say how many heads a text transformer has, all that there are "
+            f"have {ldm_bert.NUM_HEADS}; this one has {text.num_heads}"
+        )
+    logging.warning(
+        "single files hold neither a tokenizer nor what is predicted nor the number of heads: load "
+        "with tokenizer=, prediction_type=%r and num_heads=",
+        model.ldm.prediction_type,
+    )
     tensors = {
         single_files.UNET + name: tensor
         for name, tensor in unets.to_compvis(

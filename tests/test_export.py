@@ -62,6 +62,9 @@ def test_the_exported_program_draws_the_same(dtype, tmp_path):
                     guidance_scale=3.0, **size)  # fmt: skip
         found = draw(out, 7, tmp_path / "b.npy")
         assert np.abs(found.astype(int) - ours).max() <= 1
+        with pytest.raises(UserError, match="these inputs have other shapes than the program"):
+            without = loading.with_settings(model, guidance_scale=1.0)
+            export.export(without, out, **options, inputs_only=True)
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path):

@@ -248,6 +248,15 @@ def test_a_tokenizer_of_another_checkpoint_is_refused(copy):
         latent_diffusion_jax.load(copy)
 
 
+def test_a_text_encoder_that_is_missing_is_noticed(copy):
+    index = copy / "model_index.json"
+    values = json.loads(index.read_text())
+    values |= {"text_encoder": [None, None], "tokenizer": [None, None]}
+    index.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="attends to vectors of 32 and there is no text encoder"):
+        latent_diffusion_jax.load(copy)
+
+
 def test_unsupported_schedulers_are_replaced_or_refused(copy):
     config = copy / "scheduler" / "scheduler_config.json"
     values = json.loads(config.read_text())

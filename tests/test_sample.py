@@ -92,6 +92,17 @@ def test_bad_arguments_are_refused(pipe, tmp_path):
         ({"variation_seed": 1, "variation_strength": 2.0}, "variation_strength must be in"),
         ({"negative_prompt": ["a", "b", "c"]}, "3 negative prompts for 1 images"),
         ({"previews": -1}, "previews must not be negative"),
+        ({"previews": 5, "steps": 4}, "5 previews need as many calls of the network, there are 4"),
+        (
+            {"image": np.zeros((32, 32, 3), np.uint8), "strength": 0.1, "steps": 5},
+            r"strength=0.1 of 5 steps leaves none to carry out; it must be at least 0.2",
+        ),
+        (
+            {"image": np.zeros((32, 32, 2), np.uint8)},
+            r"must be uint8 \[H, W\] or \[H, W, 1, 3 or 4\]",
+        ),
+        ({"image": [1, 2]}, "an image is a file's name, a Pillow image or an array, got list"),
+        ({"variation_strength": 0.5}, "variation_strength needs a variation_seed"),
         ({"max_chunks": 0}, "max_chunks=0 must be at least 1"),
     ):
         with pytest.raises(UserError, match=message):
@@ -237,3 +248,11 @@ def test_bfloat16_draws_nearly_the_same(trained_workdir, pipe):
     assert np.abs(a - b).mean() < 8
     with pytest.raises(UserError, match="unknown dtype 'float16'; known: float32, bfloat16"):
         pipelines.load(trained_workdir, dtype="float16")
+
+
+def test_a_long_prompt_does_not_change_its_neighbours(pipe):
+    long = "a handwritten seven, " * 8
+    alone = pipe("a handwritten seven", seed=3, batch_size=2).astype(int)
+    together = pipe([long, "a handwritten seven"], seed=[2, 3], batch_size=2)
+    assert np.abs(together[1:] - alone).max() <= 1
+    assert np.abs(together[:1] - pipe(long, seed=2, batch_size=2).astype(int)).max() <= 1

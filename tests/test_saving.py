@@ -39,7 +39,7 @@ def draw_theirs(pipeline, noise=NOISE, **options):
 
 
 @pytest.mark.parametrize(
-    ("version", "prediction_type"), [(1, "epsilon"), (2, "v_prediction"), (1, "sample")]
+    ("version", "prediction_type"), [(1, "epsilon"), (2, "v_prediction"), (2, "sample")]
 )
 def test_stable_diffusion_to_diffusers_and_back(version, prediction_type, tmp_path):
     make_pipeline(tmp_path / "in", version=version, prediction_type=prediction_type)
@@ -88,6 +88,25 @@ def test_averages_in_single_files_are_taken_unless_asked_not_to(single_file, tmp
         )
         kernel = model.params["unet"]["conv_in"]["kernel"]
         np.testing.assert_allclose(kernel, factor * tensors[name].transpose(2, 3, 1, 0), rtol=1e-6)
+
+
+def test_what_single_files_do_not_say_can_be_said(single_file):
+    folder, file = single_file
+    options = dict(tokenizer=folder / "tokenizer", num_heads=2)
+    assert loading.load_model(file, **options).ldm.prediction_type == "epsilon"
+    model = loading.load_model(file, prediction_type="v", **options)
+    assert model.ldm.prediction_type == "v"
+    with pytest.raises(UserError, match="unknown prediction_type 'w'; known: epsilon, z_0, v"):
+        loading.load_model(file, prediction_type="w", **options)
+
+
+def test_models_that_paint_become_pipelines_that_paint(tmp_path):
+    make_pipeline(tmp_path / "in", in_channels=9)
+    convert([str(tmp_path / "in")], "diffusers", str(tmp_path / "out"), part="model")
+    written = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert type(written).__name__ == "StableDiffusionInpaintPipeline"
+    assert type(written.scheduler).__name__ == "PNDMScheduler"
+    assert loading.load_model(tmp_path / "out").sees_mask
 
 
 def test_single_files_that_lack_something_are_refused(single_file, tmp_path):
@@ -143,5 +162,5 @@ def test_a_trained_workdir_exports(trained_workdir, tmp_path):
     assert (
         diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet").sample_size == 8
     )
-    with pytest.raises(UserError, match="32"):
+    with pytest.raises(UserError, match="all that there are have 8; this one has 2"):
         convert([str(trained_workdir)], "compvis", str(tmp_path / "a.safetensors"), part="model")

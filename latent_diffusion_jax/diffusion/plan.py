@@ -76,12 +76,14 @@ class Plan(NamedTuple):
       num_rows: calls of the network, int32.
       start_alpha, start_sigma: the first sample is start_alpha z_0 + start_sigma noise, with no z_0
         where there is nothing to start from.
+      guidance_rescale: see `guidance.classifier_free`.
     """
 
     rows: Row
     num_rows: Any
     start_alpha: Any
     start_sigma: Any
+    guidance_rescale: Any = np.float32(0.0)
 
 
 # In the place of a plan's rows where it has none: arrays need at least one.
@@ -127,7 +129,9 @@ def padded(plan: Plan, length: int) -> Plan:
     return plan._replace(rows=Row(*map(pad, plan.rows)))
 
 
-def with_guidance(plan: Plan, scale: float, interval: tuple[float, float], last: int) -> Plan:
+def with_guidance(
+    plan: Plan, scale: float, rescale: float, interval: tuple[float, float], last: int
+) -> Plan:
     """The plan with a guidance scale where timestep / last is in the interval, and 1 elsewhere.
 
     Guidance in an interval of noise levels is Kynkaanniemi et al. (2024).
@@ -135,22 +139,29 @@ def with_guidance(plan: Plan, scale: float, interval: tuple[float, float], last:
     Args:
       plan: of a sampler.
       scale: 1 is the conditional model.
+      rescale: see `guidance.classifier_free`.
       interval: (low, high) in [0, 1], both included.
       last: the noisiest timestep, T - 1.
     """
     share = plan.rows.timestep / max(last, 1)
     inside = (share >= interval[0]) & (share <= interval[1])
     scales = np.where(inside, scale, 1.0).astype(np.float32)
-    return plan._replace(rows=plan.rows._replace(guidance_scale=scales))
+    rows = plan.rows._replace(guidance_scale=scales)
+    return plan._replace(rows=rows, guidance_rescale=np.float32(rescale))
 
 
 def with_previews(plan: Plan, count: int) -> Plan:
-    """The plan that shows z_0 at `count` rows spread evenly over it, the last among them."""
+    """The plan that shows z_0 at `count` rows spread evenly over it, the last among them.
+
+    Raises:
+      ValueError: it has not as many rows.
+    """
     rows = int(plan.num_rows)
+    if count > rows:
+        raise ValueError(f"{count} previews need as many calls of the network, there are {rows}")
     slots = np.full(len(plan.rows.timestep), -1, np.int32)
-    if rows:
-        for slot in range(count):
-            slots[max((slot + 1) * rows // count - 1, 0)] = slot
+    for slot in range(count):
+        slots[(slot + 1) * rows // count - 1] = slot
     return plan._replace(rows=plan.rows._replace(preview=slots))
 
 

@@ -396,7 +396,7 @@ def plan_sampler(
     prediction_type: str,
     num_steps: int,
     *,
-    spacing: str = "",
+    spacing: str = "trailing",
     offset: int = 0,
     sigmas: str = "schedule",
     final: str = "zero",
@@ -414,7 +414,8 @@ def plan_sampler(
       spacing, offset: see `spaced_timesteps`; "" for the sampler's own.
       sigmas, final: see `noise_levels`.
       strength: None to start from noise; else the plan starts from latents with noise (SDEdit,
-        Meng et al., 2022), and this share in [0, 1] of the steps is carried out, the last ones.
+        Meng et al., 2022), and this share in [0, 1] of the steps is carried out, the last ones; 0
+        gives the latents back.
       clip: bound on |z_0|, for pixels; None for none.
       options: of the sampler's own: `eta` of ddim, `variance` of ddpm, `order` of unipc.
 
@@ -453,11 +454,18 @@ def plan_sampler(
         karras_round=sampler.karras_round,
     )
     if strength is not None:
-        skipped = len(timesteps) - int(len(timesteps) * strength)
-        levels = NoiseLevels(*(column[skipped:] for column in levels))
+        left = int(len(timesteps) * strength)
+        if strength and not left:
+            raise ValueError(
+                f"strength={strength} of {num_steps} steps leaves none to carry out; it must be at "
+                f"least {1 / len(timesteps):.3g}"
+            )
+        if not left:
+            return make_plan([], 1.0, 0.0)
+        levels = NoiseLevels(*(column[len(timesteps) - left :] for column in levels))
     rows = rows_between(levels, sampler.moves(levels, **options), prediction_type, clip)
-    if rows:  # whatever level is reached, the result is taken for clean
-        rows[-1] = rows[-1]._replace(alpha=1.0, sigma=0.0)
+    # Whatever level is reached, the result is taken for clean.
+    rows[-1] = rows[-1]._replace(alpha=1.0, sigma=0.0)
     if strength is not None:
         return make_plan(rows, levels.alpha[0], levels.sigma[0])
     scaled = sampler.scaled_start and spacing != "leading"

@@ -23,12 +23,16 @@ DEFAULTS: dict[str, Any] = {
     "block_out_channels": (64,),
     "layers_per_block": 1,
     "norm_num_groups": 32,
-    "scaling_factor": 0.18215,
     "mid_block_add_attention": True,
 }
 CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
-    "kl": {"latent_channels": 4},
-    "vq": {"latent_channels": 3, "num_vq_embeddings": 256, "vq_embed_dim": None},
+    "kl": {"latent_channels": 4, "scaling_factor": 0.18215},
+    "vq": {
+        "latent_channels": 3,
+        "scaling_factor": 1.0,
+        "num_vq_embeddings": 256,
+        "vq_embed_dim": None,
+    },
 }
 # What their networks can be beyond ours, with the one value that ours have.
 FIXED: dict[str, Any] = {

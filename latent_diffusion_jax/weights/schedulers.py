@@ -13,6 +13,7 @@ from latent_diffusion_jax.diffusion.schedules import (
     rescaled_to_zero_terminal_snr,
 )
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
+from latent_diffusion_jax.weights.diffusers import VERSION
 
 BETA_SCHEDULES = {
     "linear": "linear",
@@ -41,9 +42,23 @@ CLASSES = {
     "UniPCMultistepScheduler": "unipc",
     "LCMScheduler": "lcm",
 }
+# What solvers can be here; the first of each takes the place of others.
+SOLVERS: dict[str, tuple[Any, ...]] = {
+    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+    "solver_order": (2,),
+    "solver_type": ("midpoint", "bh2"),
+    "final_sigmas_type": ("zero",),
+    "lower_order_final": (True,),
+    "euler_at_final": (False,),
+    "use_lu_lambdas": (False, None),
+    "skip_prk_steps": (True,),
+}
 ASSUMED = "_use_default_values"  # keys of which nobody has chosen the value
 CLIPS_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler")
-BETA_DEFAULTS = {"LCMScheduler": (0.00085, 0.012, "scaled_linear")}
+BETA_DEFAULTS = {
+    "LCMScheduler": (0.00085, 0.012, "scaled_linear"),
+    "HeunDiscreteScheduler": (0.00085, 0.012, "linear"),
+}
 USUAL_BETAS = (0.0001, 0.02, "linear")
 
 
@@ -100,6 +115,12 @@ def read_config(config: Mapping[str, Any], where: str) -> Loaded:
             "offset": int(config.get("steps_offset", 0)),
             "sigmas": "karras" if config.get("use_karras_sigmas") else "schedule",
         }
+    for key, value in SOLVERS.items():
+        if key in config and config[key] not in value:
+            logging.warning(
+                "%s has %s %r, which is not here; %r takes its place",
+                where, key, config[key], value[0],
+            )  # fmt: skip
     if sampler == "dpm++_2m" and config.get("algorithm_type", "dpmsolver++") == "sde-dpmsolver++":
         settings["sampler"] = "dpm++_2m_sde"
     to_one = config.get("set_alpha_to_one", name != "PNDMScheduler")
@@ -111,21 +132,33 @@ def read_config(config: Mapping[str, Any], where: str) -> Loaded:
     return Loaded(schedule, prediction, settings)
 
 
-def make_config(schedule: NoiseSchedule, prediction_type: str, clip: float) -> dict[str, Any]:
-    """A `scheduler_config.json` of DDIM, with the betas themselves."""
-    theirs = {ours: name for name, ours in PREDICTION_TYPES.items()}
-    return {
-        "_class_name": "DDIMScheduler",
-        "_diffusers_version": "0.40.0",
+def make_config(
+    schedule: NoiseSchedule, prediction_type: str, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A `scheduler_config.json` with the betas themselves; `settings` are those of `Loaded`."""
+    names = {ours: name for name, ours in CLASSES.items()} | {
+        "dpm++_2m_sde": "DPMSolverMultistepScheduler"
+    }
+    types = {ours: name for name, ours in PREDICTION_TYPES.items()}
+    clip = settings.get("clip", 0.0)
+    config: dict[str, Any] = {
+        "_class_name": names[settings["sampler"]],
+        "_diffusers_version": VERSION,
         "num_train_timesteps": schedule.num_timesteps,
         "trained_betas": [float(beta) for beta in schedule.betas],
-        "prediction_type": theirs[prediction_type],
+        "prediction_type": types[prediction_type],
         "clip_sample": bool(clip),
         "clip_sample_range": clip or 1.0,
-        "set_alpha_to_one": True,
-        "steps_offset": 0,
-        "timestep_spacing": "trailing",
+        "set_alpha_to_one": settings["final"] == "zero",
+        "steps_offset": settings["offset"],
+        "use_karras_sigmas": settings["sigmas"] == "karras",
+        "skip_prk_steps": True,
     }
+    if settings["spacing"]:
+        config["timestep_spacing"] = settings["spacing"]
+    if settings["sampler"] == "dpm++_2m_sde":
+        config["algorithm_type"] = "sde-dpmsolver++"
+    return config
 
 
 def _known(

@@ -8,7 +8,7 @@ from latent_diffusion_jax.diffusion.schedules import NoiseSchedule, make_schedul
 
 UNET = "model.diffusion_model."
 AVERAGE = "model_ema."
-SCALE_FACTOR = 0.18215  # of Stable Diffusion's latents and of LDM's text-to-image model
+SCALE_FACTORS = {"kl": 0.18215, "vq": 1.0}  # of latents, where a file does not say
 
 
 def with_average(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -36,9 +36,3 @@ def noise_schedule(tensors: Mapping[str, np.ndarray]) -> NoiseSchedule:
     if stored is not None and stored.ndim == 1:
         return NoiseSchedule(np.cumprod(1.0 - np.asarray(stored, np.float64)))
     return make_schedule("scaled_linear", 1000, 0.00085, 0.012)
-
-
-def scale_factor(tensors: Mapping[str, np.ndarray]) -> float:
-    """What latents are multiplied by for diffusion."""
-    stored = tensors.get("scale_factor")
-    return float(stored) if stored is not None and stored.size == 1 else SCALE_FACTOR

@@ -79,17 +79,18 @@ def test_what_nobody_chose_is_left_to_the_sampler():
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "z_0", "v"])
-@pytest.mark.parametrize("clip", [0.0, 1.5])
-def test_written_configs_load_in_diffusers_and_here(prediction_type, clip):
+@pytest.mark.parametrize("sampler", [*schedulers.CLASSES.values(), "dpm++_2m_sde"])
+def test_written_configs_load_in_diffusers_and_here(prediction_type, sampler):
     schedule = make_schedule("cosine", 50, 0.1, 0.2)
-    config = json.loads(json.dumps(schedulers.make_config(schedule, prediction_type, clip)))
-    theirs = diffusers.DDIMScheduler.from_config(config)
+    settings = {"sampler": sampler, "spacing": "trailing", "offset": 1, "sigmas": "schedule",
+                "final": "zero", "clip": 1.5}  # fmt: skip
+    config = json.loads(json.dumps(schedulers.make_config(schedule, prediction_type, settings)))
+    theirs = getattr(diffusers, config["_class_name"]).from_config(config)
     np.testing.assert_allclose(theirs.alphas_cumprod, schedule.alphas_cumprod, atol=1e-6)
     loaded = schedulers.read_config(config, "here")
     np.testing.assert_allclose(loaded.schedule.alphas_cumprod, schedule.alphas_cumprod)
     assert loaded.prediction_type == prediction_type
-    assert loaded.settings.get("clip", 0.0) == clip
-    assert loaded.settings["spacing"] == "trailing"
+    assert {**loaded.settings, "variance": ""} == {**settings, "variance": ""}
 
 
 def test_what_is_not_here_is_refused():
