@@ -9,8 +9,9 @@ from latent_diffusion_jax import build
 from latent_diffusion_jax.diffusion.losses import LOSSES, WEIGHTINGS
 from latent_diffusion_jax.diffusion.noise_levels import SIGMAS, SPACINGS
 from latent_diffusion_jax.diffusion.process import PREDICTION_TYPES
-from latent_diffusion_jax.diffusion.samplers import SAMPLERS, VARIANCES
+from latent_diffusion_jax.diffusion.samplers import SAMPLERS
 from latent_diffusion_jax.diffusion.schedules import BETAS
+from latent_diffusion_jax.diffusion.solvers import VARIANCES
 from latent_diffusion_jax.models.discriminator import NORMS
 from latent_diffusion_jax.runtime.commands import flatten
 from latent_diffusion_jax.runtime.errors import UserError

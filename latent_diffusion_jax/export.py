@@ -68,15 +68,8 @@ def inputs_of(
     model: Model, prompt: str, negative_prompt: str, max_chunks: int
 ) -> dict[str, np.ndarray]:
     """What the program takes beside weights and seeds: tokens and the sampler's plan."""
-    inputs: dict[str, np.ndarray] = {}
-    if model.tokenizer is not None:
-        texts = [prompt] + [negative_prompt] * (model.settings.guidance_scale != 1.0)
-        tokens, weights = prompts.tokenize_weighted(model.tokenizer, texts, max_chunks)
-        inputs |= {"tokens": tokens[:1], "weights": weights[:1]}
-        if len(texts) > 1:
-            inputs |= {"null_tokens": tokens[1:], "null_weights": weights[1:]}
-    elif prompt or negative_prompt:
-        raise UserError("this model takes no prompt: it is unconditional")
+    negatives = [negative_prompt] if model.settings.guidance_scale != 1.0 else None
+    inputs = prompts.guided_tokens(model.tokenizer, [prompt], negatives, max_chunks)
     with as_user_error("the sampler"):
         plan = make_plan(model.ldm.schedule, model.ldm.prediction_type, model.settings)
     return inputs | {PLAN + name: np.asarray(leaf) for name, leaf in flatten_names(plan).items()}

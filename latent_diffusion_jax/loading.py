@@ -35,6 +35,7 @@ from latent_diffusion_jax.weights import (
 )
 
 INDEX_FILE = "model_index.json"
+KNOWN_PARTS = {"unet", "scheduler", "vae", "vqvae", "text_encoder", "bert", "tokenizer"}
 TRAINED_TOKENIZER = "PreTrainedTokenizerFast"  # what transformers has for one trained here
 USUAL_SETTINGS = {"steps": 50, "guidance_scale": 7.5}
 OPENCLIP_WIDTH = 1024  # of Stable Diffusion 2's context
@@ -196,11 +197,8 @@ def _load_folder(folder: pathlib.Path) -> Model:
         fields = text.fields
         tokenizer = load(folder / "tokenizer", fields["vocab_size"], fields["max_length"])
     scale = first.scaling_factor if first is not None else 1.0
-    size = unet_size(folder / "unet") * (_factor(first) if first else 1)
+    size = _unet_size(folder / "unet") * (_factor(first) if first else 1)
     return _assembled(str(folder), first, scale, text, network, tokenizer, unet, scheduler, size)
-
-
-KNOWN_PARTS = {"unet", "scheduler", "vae", "vqvae", "text_encoder", "bert", "tokenizer"}
 
 
 def _trained_here(tokenizer: pathlib.Path) -> bool:
@@ -211,7 +209,7 @@ def _trained_here(tokenizer: pathlib.Path) -> bool:
     return folders.read_json(settings).get("tokenizer_class") == TRAINED_TOKENIZER
 
 
-def unet_size(folder: pathlib.Path) -> int:
+def _unet_size(folder: pathlib.Path) -> int:
     """Latents a side that a UNet was trained on, by its config."""
     size = folders.read_config(folder).get("sample_size")
     if isinstance(size, list | tuple):
@@ -234,7 +232,7 @@ def _load_file(
     tensors = files.read(path)
     where = str(path)
     tensors = (single_files.with_average if ema else single_files.without_average)(tensors)
-    first = autoencoders.load(path)
+    first = autoencoders.from_compvis(tensors, where)
     unet = unets.from_compvis(tensors, where, num_heads)
     text, network = None, None
     if unet.context_dim is not None:

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from latent_diffusion_jax import loading
 from latent_diffusion_jax.conditioning import prompts as weighted_prompts
@@ -27,12 +26,10 @@ from latent_diffusion_jax.runtime import images as pictures
 from latent_diffusion_jax.runtime import sharding
 from latent_diffusion_jax.runtime.compilation import compiler_options, use_persistent_cache
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.images import Picture
 from latent_diffusion_jax.sampling import Request, make_draw, make_plan
 
 MAX_SEED = 2**32 - 1
-TEXTS = ("tokens", "weights", "null_tokens", "null_weights")  # that have chunks
-IMAGE_SHAPES = ((), (1,), (3,), (4,))  # of an array, after height and width
-Picture = str | pathlib.Path | Image.Image | np.ndarray
 
 
 class Pipeline:
@@ -166,7 +163,7 @@ class Pipeline:
             "spacing": spacing,
         }
         settings = loading.with_settings(self.model, **chosen).settings
-        prompts = _repeated(_listed(prompt), num_images, "num_images")
+        prompts = _repeated(_listed(prompt), num_images)
         size = self._size(height, width)
         seeds = _seeds(seed, len(prompts))
         if variation_strength and variation_seed is None:
@@ -191,10 +188,11 @@ class Pipeline:
         program = self.program(*size, previews)
         guided = settings.guidance_scale != 1.0
         negatives = _listed(negative_prompt)
-        if len(negatives) > 1:
-            negatives = _repeated(negatives, num_images, "num_images")
+        negatives = _repeated(negatives, len(prompts) if len(negatives) == 1 else num_images)
         rows = {"seeds": np.array(seeds, np.uint32)}
-        rows |= self._texts(prompts, negatives, guided, max_chunks)
+        rows |= weighted_prompts.guided_tokens(
+            self.tokenizer, prompts, negatives if guided else None, max_chunks
+        )
         shape = (len(prompts), *self.ldm.shape_of(*size))
         if latents is not None:
             if variation_seed is not None:
@@ -207,20 +205,20 @@ class Pipeline:
                 raise UserError(f"variation_strength must be in [0, 1], got {variation_strength}")
             shared["variation_strength"] = np.float32(variation_strength)
         if image is not None:
-            channels = self.ldm.image_channels
-            if channels not in pictures.MODES:
-                raise UserError(f"images of {channels} channels cannot be started from")
-            shared["image"] = pictures.to_float(_pixels(image, size, pictures.MODES[channels]))
+            pixels = pictures.of_size(image, size, self.ldm.image_channels)
+            shared["image"] = pictures.to_float(pixels)
         if mask is not None:
-            shared["mask"] = (_pixels(mask, size, "L") / 255.0).astype(np.float32)
+            shared["mask"] = (pictures.of_size(mask, size, 1) / 255.0).astype(np.float32)
         # Prompts of other lengths are other shapes: an image does not depend on its neighbours'.
-        counts = self._chunks(rows)
+        counts = np.ones(len(prompts), int)
+        if self.tokenizer is not None:
+            counts = weighted_prompts.filled_chunks(self.tokenizer, rows)
         images = np.zeros((len(prompts), *size, self.ldm.image_channels), np.uint8)
         shown = np.zeros((previews, *images.shape), np.uint8)
         for count in np.unique(counts):
             members = np.flatnonzero(counts == count)
             group = {
-                name: row[members][:, :count] if name in TEXTS else row[members]
+                name: row[members][:, :count] if name in weighted_prompts.TEXTS else row[members]
                 for name, row in rows.items()
             }
             images[members], shown[:, members] = self._draw(
@@ -228,38 +226,9 @@ class Pipeline:
             )
         return (images, shown) if previews else images
 
-    def _chunks(self, rows: dict[str, np.ndarray]) -> np.ndarray:
-        """How many chunks the prompt and the negative prompt of each image fill, [N]."""
-        counts = np.ones(len(rows["seeds"]), int)
-        for name in ("tokens", "null_tokens"):
-            if self.tokenizer is not None and name in rows:
-                filled = (rows[name] != self.tokenizer.null).any(-1)
-                counts = np.maximum(counts, (filled * np.arange(1, filled.shape[1] + 1)).max(-1))
-        return counts
-
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         size = self.ldm.image_size
         return (size if height is None else height), (size if width is None else width)
-
-    def _texts(
-        self, prompts: list[str], negatives: list[str], guided: bool, max_chunks: int
-    ) -> dict[str, np.ndarray]:
-        """Tokens and weights of the prompts and, for guidance, of what it leads away from."""
-        if self.tokenizer is None:
-            if any(prompts) or any(negatives):
-                raise UserError("this model takes no prompt: it is unconditional")
-            return {}
-        count = len(prompts)
-        if len(negatives) == 1:
-            negatives = negatives * count
-        if len(negatives) != count:
-            raise UserError(f"{len(negatives)} negative prompts for {count} images")
-        wanted = prompts + negatives if guided else prompts
-        tokens, weights = weighted_prompts.tokenize_weighted(self.tokenizer, wanted, max_chunks)
-        rows = {"tokens": tokens[:count], "weights": weights[:count]}
-        if guided:
-            rows |= {"null_tokens": tokens[count:], "null_weights": weights[count:]}
-        return rows
 
     def _draw(
         self,
@@ -320,9 +289,9 @@ def _listed(prompt: str | Sequence[str]) -> list[str]:
     return prompts
 
 
-def _repeated(prompts: list[str], count: int, name: str) -> list[str]:
+def _repeated(prompts: list[str], count: int) -> list[str]:
     if count < 1:
-        raise UserError(f"{name} must be at least 1, got {count}")
+        raise UserError(f"num_images must be at least 1, got {count}")
     return [prompt for prompt in prompts for _ in range(count)]
 
 
@@ -348,30 +317,6 @@ def _noise(latents: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if np.shape(latents) not in (shape, (1, *shape[1:])):
         raise UserError(f"latents must be {list(shape)}, got {np.shape(latents)}")
     return np.broadcast_to(np.asarray(latents, np.float32), shape)
-
-
-def _pixels(picture: Picture, size: tuple[int, int], mode: str) -> np.ndarray:
-    """A picture as uint8 [H, W, C], C = 3 for RGB and 1 for L, at `size`."""
-    if isinstance(picture, str | pathlib.Path):
-        picture = pictures.read(picture, len(mode))
-    if isinstance(picture, np.ndarray):
-        shape = picture.shape
-        if picture.dtype != np.uint8 or len(shape) not in (2, 3) or shape[2:] not in IMAGE_SHAPES:
-            raise UserError(
-                f"images as arrays must be uint8 [H, W] or [H, W, 1, 3 or 4], got {picture.dtype} "
-                f"{list(shape)}"
-            )
-        picture = Image.fromarray(picture[..., 0] if shape[2:] == (1,) else picture)
-    if not isinstance(picture, Image.Image):
-        raise UserError(
-            f"an image is a file's name, a Pillow image or an array, got {type(picture).__name__}"
-        )
-    loaded = picture.convert(mode)
-    if loaded.size != size[::-1]:
-        filtered = Image.Resampling.LANCZOS if mode == "RGB" else Image.Resampling.NEAREST
-        loaded = loaded.resize(size[::-1], filtered)
-    pixels = np.asarray(loaded)
-    return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
 def load(

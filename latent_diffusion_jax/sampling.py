@@ -13,7 +13,7 @@ from latent_diffusion_jax.conditioning.base import Cond
 from latent_diffusion_jax.diffusion import plan as plans
 from latent_diffusion_jax.diffusion.guidance import classifier_free, unguided
 from latent_diffusion_jax.diffusion.plan import Plan
-from latent_diffusion_jax.diffusion.samplers import plan_sampler
+from latent_diffusion_jax.diffusion.samplers import SAMPLERS, plan_sampler
 from latent_diffusion_jax.diffusion.schedules import NoiseSchedule
 from latent_diffusion_jax.ldm import LatentDiffusion, Params
 from latent_diffusion_jax.runtime.randomness import normal_per_key
@@ -32,7 +32,7 @@ class Settings:
       eta: noise of DDIM, 0 for none.
       variance: of DDPM's noise, one of `VARIANCES`.
       spacing, offset: see `noise_levels.spaced_timesteps`; "" for the sampler's own.
-      sigmas, final: see `noise_levels.noise_levels`; `final` is for ddim and plms alone.
+      sigmas, final: see `noise_levels.noise_levels`; `final` is for samplers with `early_end`.
       clip: bound on |z_0|, for models in the space of pixels; 0 for none.
     """
 
@@ -77,24 +77,19 @@ def make_plan(
     ):
         if not 0.0 <= value <= most:
             raise ValueError(f"{name} must be in [0, {most:g}], got {value}")
-    name = settings.sampler
-    options: dict[str, Any] = {}
-    if name == "ddim":
-        options["eta"] = settings.eta
-    if name == "ddpm":
-        options["variance"] = settings.variance
+    options = SAMPLERS[settings.sampler].options if settings.sampler in SAMPLERS else ()
     plan = plan_sampler(
-        name,
+        settings.sampler,
         schedule,
         prediction_type,
         settings.steps,
         spacing=settings.spacing,
         offset=settings.offset,
         sigmas=settings.sigmas,
-        final=settings.final if name in ("ddim", "plms") else "zero",
+        final=settings.final,
         strength=strength,
         clip=settings.clip or None,
-        **options,
+        **{name: getattr(settings, name) for name in options},
     )
     timesteps = schedule.num_timesteps
     plan = plans.with_guidance(

@@ -1,7 +1,6 @@
 """Whole models out: as a pipeline's folder of diffusers, or as one file of CompVis' code."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +21,7 @@ from latent_diffusion_jax.weights import (
     compvis,
     diffusers,
     files,
+    folders,
     ldm_bert,
     schedulers,
     single_files,
@@ -72,11 +72,10 @@ def save_diffusers(folder: str | pathlib.Path, model: Model) -> None:
         sample_size=model.ldm.latent_shape[0],
         linear_projections=_linear(params),
     )
-    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
     config = schedulers.make_config(
         model.ldm.schedule, model.ldm.prediction_type, dataclasses.asdict(model.settings)
     )
-    _write_json(folder / "scheduler" / "scheduler_config.json", config)
+    folders.write_json(folder / "scheduler" / "scheduler_config.json", config)
     tokenizer.save(folder / "tokenizer")
     of_bert = "vocab.txt" in tokenizer.files
     index: dict[str, Any] = {
@@ -115,8 +114,8 @@ def save_diffusers(folder: str | pathlib.Path, model: Model) -> None:
                 "model_max_length": tokenizer.max_length,
                 "pad_token": "[PAD]",
             }
-            _write_json(folder / "tokenizer" / "tokenizer_config.json", settings)
-    _write_json(folder / INDEX_FILE, index)
+            folders.write_json(folder / "tokenizer" / "tokenizer_config.json", settings)
+    folders.write_json(folder / INDEX_FILE, index)
 
 
 def save_single_file(path: str | pathlib.Path, model: Model) -> None:
@@ -170,10 +169,3 @@ def _linear(params: Mapping[str, Any]) -> bool:
     """Whether the transformers' projections are written as matrices, as in Stable Diffusion 2."""
     embedding = params.get("conditioner", {}).get("token_embedding", {}).get("embedding")
     return embedding is not None and embedding.shape[-1] == OPENCLIP_WIDTH
-
-
-def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -5,7 +5,7 @@ written for.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from absl import logging
 from latent_diffusion_jax.conditioning.tokenizers import PromptTokenizer
 from latent_diffusion_jax.runtime.errors import UserError
 
+TEXTS = ("tokens", "weights", "null_tokens", "null_weights")  # each [N, chunks, L]
 EMPHASIS = 1.1  # of one pair of parentheses
 
 _SYMBOL = re.compile(
@@ -134,6 +135,45 @@ def tokenize_weighted(
             weights[row, i, 1 : len(chunk) + 1] = [token.weight for token in chunk]
             tokens[row, i, len(chunk) + 1] = end
     return tokens, weights
+
+
+def guided_tokens(
+    tokenizer: PromptTokenizer | None,
+    prompts: Sequence[str],
+    negatives: Sequence[str] | None,
+    max_chunks: int,
+) -> dict[str, np.ndarray]:
+    """What a program that samples takes of texts, by the names of `TEXTS`.
+
+    Args:
+      tokenizer: None for an unconditional model, which takes nothing.
+      prompts: of N images.
+      negatives: what guidance leads away from, N too; None without guidance.
+      max_chunks: see `tokenize_weighted`.
+
+    Raises:
+      UserError: there is no tokenizer for the texts, or not a negative prompt for each image.
+    """
+    count, others = len(prompts), list(negatives or ())
+    if tokenizer is None:
+        if any(prompts) or any(others):
+            raise UserError("this model takes no prompt: it is unconditional")
+        return {}
+    if negatives is not None and len(others) != count:
+        raise UserError(f"{len(others)} negative prompts for {count} images")
+    tokens, weights = tokenize_weighted(tokenizer, [*prompts, *others], max_chunks)
+    parts = (tokens[:count], weights[:count], tokens[count:], weights[count:])
+    return dict(zip(TEXTS, parts[: 4 if others else 2], strict=False))
+
+
+def filled_chunks(tokenizer: PromptTokenizer, texts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """How many chunks each image's prompt and negative prompt fill, at least 1: [N]."""
+    counts = np.ones(len(texts["tokens"]), int)
+    for name in ("tokens", "null_tokens"):
+        if name in texts:
+            filled = (texts[name] != tokenizer.null).any(-1)
+            counts = np.maximum(counts, (filled * np.arange(1, filled.shape[1] + 1)).max(-1))
+    return counts
 
 
 def _pack(

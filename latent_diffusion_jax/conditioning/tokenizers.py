@@ -83,15 +83,6 @@ def encode(tokenizer: tokenizers.Tokenizer, captions: Sequence[str]) -> np.ndarr
     return np.array([e.ids for e in tokenizer.encode_batch(list(captions))], np.int32)
 
 
-def cut_off(tokenizer: tokenizers.Tokenizer, caption: str) -> str:
-    """The end of a caption that does not fit into the tokenizer's length, "" where all fits."""
-    overflowing = tokenizer.encode(caption).overflowing
-    if not overflowing:
-        return ""
-    starts = [start for start, end in overflowing[0].offsets if end > start]
-    return caption[starts[0] :].strip() if starts else ""
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptTokenizer:
     """Prompts to token ids, whichever tokenizer does it: ours, CLIP's or BERT's.
@@ -122,10 +113,6 @@ class PromptTokenizer:
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
         """Prompts -> token ids, int32 [N, max_length]."""
         return encode(self.backend, prompts).reshape(-1, self.max_length)
-
-    def cut_off(self, prompt: str) -> str:
-        """The end of a prompt that does not fit into `max_length`, "" where all fits."""
-        return cut_off(self.backend, prompt)
 
     def words(self, text: str) -> list[list[tuple[int, int]]]:
         """All of a text's words as tokens (id, first character), without start, end and padding.

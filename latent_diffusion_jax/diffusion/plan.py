@@ -218,7 +218,11 @@ def sample(
             share = (variance.astype(jnp.float32) + 1.0) / 2.0  # -1 .. 1 (Improved DDPM, eq. 15)
             learned = jnp.exp(0.5 * (low + share * (high - low)))
             deviation = jnp.where(row.learned & (deviation > 0), learned, deviation)
-        noise = normal_per_key(jax.vmap(jax.random.fold_in, (0, None))(keys, i), z.shape[1:])
+        noise = jax.lax.cond(
+            row.deviation > 0,
+            lambda: normal_per_key(jax.vmap(jax.random.fold_in, (0, None))(keys, i), z.shape[1:]),
+            lambda: jnp.zeros_like(z),
+        )
         z = row.z_from_z * z + row.z_from_anchor * anchor + combine(row.z_from_memory, m)
         z += deviation * noise
         if constrain is not None:

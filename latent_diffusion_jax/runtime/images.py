@@ -14,6 +14,11 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names for what image files giv
 NPY_MAGIC = b"\x93NUMPY"  # first bytes of a .npy file
 
 
+ARRAY_ENDS = ((), (1,), (3,), (4,))  # shapes of arrays after height and width
+
+Picture = str | pathlib.Path | Image.Image | np.ndarray
+
+
 class ChannelsError(Exception):
     """An image is whole and cannot give what is wanted; says what is wanted and what was found."""
 
@@ -133,6 +138,36 @@ def resize_and_crop(
         return cut(image).reshape(size, size, -1)  # grey images come without an axis for it
     planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(image, -1, 0)]
     return np.stack([cut(plane) for plane in planes], axis=-1)
+
+
+def of_size(picture: Picture, size: tuple[int, int], channels: int) -> np.ndarray:
+    """A picture as uint8 [H, W, channels], resized where its size is not (height, width).
+
+    Raises:
+      UserError: it is no picture, cannot be read, or there are no pictures of so many channels.
+    """
+    if channels not in MODES:
+        raise UserError(f"there are no pictures of {channels} channels, only of 1, 3 and 4")
+    if isinstance(picture, str | pathlib.Path):
+        picture = read(picture, channels)
+    if isinstance(picture, np.ndarray):
+        shape = picture.shape
+        if picture.dtype != np.uint8 or len(shape) not in (2, 3) or shape[2:] not in ARRAY_ENDS:
+            raise UserError(
+                f"images as arrays must be uint8 [H, W] or [H, W, 1, 3 or 4], got {picture.dtype} "
+                f"{list(shape)}"
+            )
+        picture = Image.fromarray(picture[..., 0] if shape[2:] == (1,) else picture)
+    if not isinstance(picture, Image.Image):
+        raise UserError(
+            f"an image is a file's name, a Pillow image or an array, got {type(picture).__name__}"
+        )
+    picture = picture.convert(MODES[channels])
+    if picture.size != size[::-1]:
+        grey = channels == 1  # such as masks, whose edges stay sharp
+        chosen = Image.Resampling.NEAREST if grey else Image.Resampling.LANCZOS
+        picture = picture.resize(size[::-1], chosen)
+    return np.asarray(picture).reshape(*size, channels)
 
 
 def to_float(images: Any) -> Any:

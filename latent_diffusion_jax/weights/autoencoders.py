@@ -48,7 +48,9 @@ def load(path: str | pathlib.Path, num_groups: int | None = None) -> Loaded:
         `AutoencoderVQ` cannot be, or its tensors are not all there.
     """
     path = pathlib.Path(path).expanduser()
-    return _load_diffusers(path, num_groups) if path.is_dir() else _load_compvis(path, num_groups)
+    if path.is_dir():
+        return _load_diffusers(path, num_groups)
+    return from_compvis(files.read(path, skip=compvis.SKIPPED), str(path), num_groups)
 
 
 def save_diffusers(
@@ -142,14 +144,20 @@ def _load_diffusers(folder: pathlib.Path, num_groups: int | None) -> Loaded:
     return Loaded(kind, fields, params, factor)
 
 
-def _load_compvis(path: pathlib.Path, num_groups: int | None) -> Loaded:
-    tensors = files.read(path, skip=compvis.SKIPPED)
-    network = compvis.first_stage(tensors, str(path))
-    kind, fields = compvis.infer(network, num_groups, str(path))
-    params = _to_ours(compvis.TABLE, network, kind, fields, str(path))
+def from_compvis(
+    tensors: Mapping[str, np.ndarray], where: str, num_groups: int | None = None
+) -> Loaded:
+    """The first stage among the tensors of CompVis' code; `num_groups` as for `load`.
+
+    Raises:
+      UserError: there is none, or one that ours cannot be, or its tensors are not all there.
+    """
+    network = compvis.first_stage(tensors, where)
+    kind, fields = compvis.infer(network, num_groups, where)
+    params = _to_ours(compvis.TABLE, network, kind, fields, where)
     factor = tensors.get("scale_factor")
     if factor is not None and factor.size != 1:
-        raise UserError(f"{path} has a scale_factor of shape {factor.shape}, expected ()")
+        raise UserError(f"{where} has a scale_factor of shape {factor.shape}, expected ()")
     return Loaded(kind, fields, params, None if factor is None else float(factor.item()))
 
 

@@ -52,7 +52,7 @@ _RES_BLOCK = (
     ("conv2", "conv2", "conv"),
     ("shortcut", "conv_shortcut", "conv"),
 )
-_ATTENTION = (
+ATTENTION = (
     ("norm", "group_norm", "norm"),
     ("q", "to_q", "dense"),
     ("k", "to_k", "dense"),
@@ -62,7 +62,7 @@ _ATTENTION = (
 _ENDS = (
     ("conv_in", "conv_in", "conv"),
     ("mid/block_1", "mid_block.resnets.0", _RES_BLOCK),
-    ("mid/attn_1", "mid_block.attentions.0", _ATTENTION),
+    ("mid/attn_1", "mid_block.attentions.0", ATTENTION),
     ("mid/block_2", "mid_block.resnets.1", _RES_BLOCK),
     ("norm_out", "conv_norm_out", "norm"),
     ("conv_out", "conv_out", "conv"),
@@ -71,11 +71,11 @@ _DOWN, _UP = "encoder.down_blocks.{level}", "decoder.up_blocks.{up}"  # up: from
 TABLE = (
     ("encoder", "encoder", _ENDS),
     ("encoder/down_{level}_block_{block}", _DOWN + ".resnets.{block}", _RES_BLOCK),
-    ("encoder/down_{level}_attn_{block}", _DOWN + ".attentions.{block}", _ATTENTION),
+    ("encoder/down_{level}_attn_{block}", _DOWN + ".attentions.{block}", ATTENTION),
     ("encoder/down_{level}_downsample", _DOWN + ".downsamplers.0.conv", "conv"),
     ("decoder", "decoder", _ENDS),
     ("decoder/up_{level}_block_{block}", _UP + ".resnets.{block}", _RES_BLOCK),
-    ("decoder/up_{level}_attn_{block}", _UP + ".attentions.{block}", _ATTENTION),
+    ("decoder/up_{level}_attn_{block}", _UP + ".attentions.{block}", ATTENTION),
     ("decoder/up_{level}_upsample", _UP + ".upsamplers.0.conv", "conv"),
     ("quant_conv", "quant_conv", "conv"),
     ("post_quant_conv", "post_quant_conv", "conv"),

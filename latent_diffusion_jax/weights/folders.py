@@ -45,17 +45,23 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def write_config(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Writes a folder's config.json, all of it or nothing; the folder exists.
+    """Writes a folder's config.json, see `write_json`."""
+    write_json(folder / CONFIG_FILE, config)
+
+
+def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """Writes a file of one JSON object, all of it or nothing; makes the folder that it is in.
 
     Raises:
       UserError: it cannot be written.
     """
-    partial = folder / f"{CONFIG_FILE}.partial"
+    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / CONFIG_FILE)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {folder / CONFIG_FILE}: {error.strerror}") from error
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def read_tensors(

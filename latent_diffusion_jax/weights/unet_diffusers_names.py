@@ -1,5 +1,6 @@
 """Names of the tensors of diffusers' UNets."""
 
+from latent_diffusion_jax.weights.diffusers import ATTENTION
 from latent_diffusion_jax.weights.mapping import Row
 from latent_diffusion_jax.weights.unet_common import transformer_rows
 
@@ -10,13 +11,6 @@ _RES_BLOCK = (
     ("norm_out", "norm2", "norm"),
     ("conv_out", "conv2", "conv"),
     ("shortcut", "conv_shortcut", "conv"),
-)
-_ATTENTION = (
-    ("norm", "group_norm", "norm"),
-    ("q", "to_q", "dense"),
-    ("k", "to_k", "dense"),
-    ("v", "to_v", "dense"),
-    ("proj_out", "to_out.0", "conv_as_dense"),
 )
 
 
@@ -36,16 +30,16 @@ def rows(linear_projections: bool) -> tuple[Row, ...]:
             "down_blocks.{level}.attentions.{block}",
             transformer,
         ),
-        ("down_{level}_{block}_attention", "down_blocks.{level}.attentions.{block}", _ATTENTION),
+        ("down_{level}_{block}_attention", "down_blocks.{level}.attentions.{block}", ATTENTION),
         ("down_{level}_downsample", "down_blocks.{level}.downsamplers.0.conv", "conv"),
         ("down_{level}_downsample", "down_blocks.{level}.downsamplers.0", _RES_BLOCK),
         ("mid_0_res", "mid_block.resnets.0", _RES_BLOCK),
         ("mid_0_transformer", "mid_block.attentions.0", transformer),
-        ("mid_0_attention", "mid_block.attentions.0", _ATTENTION),
+        ("mid_0_attention", "mid_block.attentions.0", ATTENTION),
         ("mid_1_res", "mid_block.resnets.1", _RES_BLOCK),
         ("up_{level}_{block}_res", "up_blocks.{up}.resnets.{block}", _RES_BLOCK),
         ("up_{level}_{block}_transformer", "up_blocks.{up}.attentions.{block}", transformer),
-        ("up_{level}_{block}_attention", "up_blocks.{up}.attentions.{block}", _ATTENTION),
+        ("up_{level}_{block}_attention", "up_blocks.{up}.attentions.{block}", ATTENTION),
         ("up_{level}_upsample", "up_blocks.{up}.upsamplers.0.conv", "conv"),
         ("up_{level}_upsample", "up_blocks.{up}.upsamplers.0", _RES_BLOCK),
         ("norm_out", "conv_norm_out", "norm"),

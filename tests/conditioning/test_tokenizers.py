@@ -121,7 +121,6 @@ def test_round_trip_through_tokenizer_json(tokenizer, through_json):
         tokenizers.encode(copy, texts), tokenizers.encode(tokenizer, texts)
     )
     assert tokenizers.max_length(copy) == LENGTH
-    assert tokenizers.cut_off(copy, "a " * 50) == tokenizers.cut_off(tokenizer, "a " * 50)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "null", "{oops", '{"version": "1.0", "model": 3}'])
@@ -143,19 +142,3 @@ def test_tokenizer_that_cuts_later_than_it_pads(tokenizer):
     other.enable_truncation(2 * LENGTH)
     with pytest.raises(UserError, match="fixed length"):
         tokenizers.load(other.to_str())
-
-
-@pytest.mark.parametrize("text", ["", "a handwritten seven", "seven " * (LENGTH - 2), "漢"])
-def test_nothing_is_cut_off_where_all_fits(tokenizer, text):
-    assert tokenizers.cut_off(tokenizer, text) == ""
-
-
-def test_cut_off_is_quoted_as_it_was_written(tokenizer):
-    text = "seven " * (LENGTH - 2) + "written  by Hand"
-    assert tokenizers.cut_off(tokenizer, text) == "written  by Hand"
-
-
-def test_cut_off_in_the_middle_of_a_character(tokenizer):
-    # Characters outside of the training captions take several tokens, one for each byte.
-    text = "seven " * (LENGTH - 4) + "漢字"
-    assert tokenizers.cut_off(tokenizer, text) == "漢字"
