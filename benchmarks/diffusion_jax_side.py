@@ -36,7 +36,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from configs import txt2img as txt2img_configs
 from latent_diffusion_jax import build
-from latent_diffusion_jax.conditioning.base import drop
+from latent_diffusion_jax.conditioning.base import Conditioning, drop
 from latent_diffusion_jax.conditioning.prompts import tokenize_weighted
 from latent_diffusion_jax.diffusion import plan as plans
 from latent_diffusion_jax.diffusion.guidance import unguided
@@ -44,6 +44,7 @@ from latent_diffusion_jax.diffusion.losses import Objective, sample_timesteps, t
 from latent_diffusion_jax.loading import load_model
 from latent_diffusion_jax.models.unet import UNet
 from latent_diffusion_jax.runtime.compilation import compiler_options
+from latent_diffusion_jax.runtime.memory import keep_freed_memory
 from latent_diffusion_jax.runtime.randomness import normal_per_key
 from latent_diffusion_jax.sampling import Request, Settings, make_draw, make_plan
 from latent_diffusion_jax.training.diffusion_stage import make_stage
@@ -51,17 +52,17 @@ from latent_diffusion_jax.training.optimizer import make_optimizer
 from latent_diffusion_jax.training.state import State, sample_keys
 from latent_diffusion_jax.weights import folders, ldm_bert, schedulers, unets
 
+if __name__ == "__main__" and CASES[sys.argv[1]].task == "train":
+    keep_freed_memory()  # as the train command does, before JAX starts
+
 jit = functools.partial(jax.jit, compiler_options=compiler_options())
 
 
 def load_unet(case: Case, folder: pathlib.Path):
     """The UNet and its parameters in the case's dtype, on the device."""
-    loaded = unets.load(folder / "unet")
     dtype = build.DTYPES[case.dtype]
-    params = jax.tree.map(
-        lambda leaf: jax.device_put(leaf.astype(dtype, copy=False)), loaded.params
-    )
-    return UNet(**loaded.fields, dtype=dtype), params
+    loaded = unets.load(folder / "unet", dtype)
+    return UNet(**loaded.fields, dtype=dtype), jax.device_put(loaded.params)
 
 
 def forward(case: Case, folder: pathlib.Path, save: pathlib.Path):
@@ -113,10 +114,8 @@ def txt2img(case: Case, folder: pathlib.Path, save: pathlib.Path):
 
     request = Request(
         seeds=np.arange(case.batch_size, dtype=np.uint32),
-        tokens=repeated(words[0]),
-        weights=repeated(weights[0]),
-        null_tokens=repeated(words[1]),
-        null_weights=repeated(weights[1]),
+        inputs={"tokens": repeated(words[0]), "weights": repeated(weights[0])},
+        null_inputs={"tokens": repeated(words[1]), "weights": repeated(weights[1])},
         noise=np.load(folder / INPUTS)["latents"],
     )
     ldm, params = model.ldm, jax.device_put(model.params)
@@ -131,7 +130,7 @@ def train_config(case: Case) -> ConfigDict:
     config = txt2img_configs.get_config(case.model.config)
     config.optimizer.update(OPTIMIZER)
     config.ema_decay = EMA_DECAY
-    config.caption_dropout = CAPTION_DROPOUT
+    config.condition_dropout = CAPTION_DROPOUT
     return config
 
 
@@ -143,10 +142,10 @@ def train(case: Case, folder: pathlib.Path, save: pathlib.Path):
     stage = make_stage(
         ldm,
         optimizer := make_optimizer(config.num_steps, **config.optimizer),
-        inputs["null_tokens"],
-        inputs["tokens"][:1],
+        Conditioning(lambda record, rng: {}, {"tokens": inputs["null_tokens"]}, {}),
+        Request(np.zeros(1, np.uint32)),
         objective=Objective(**config.objective),
-        caption_dropout=config.caption_dropout,
+        condition_dropout=config.condition_dropout,
         ema_decay=config.ema_decay,
         draw=make_draw(ldm, ldm.image_size, ldm.image_size),
         plan=build.sample_plan(config),

@@ -116,12 +116,162 @@ def first_stage(kind: str) -> ConfigDict:
     return section
 
 
-def open_images(config: ConfigDict) -> None:
-    """Data as the references' autoencoders had it: OpenImages, short side 384, crops of 256."""
+def second_stage(config: ConfigDict, conditioning: str) -> None:
+    """A UNet and its training, on `conditioning`: none, class, text or clip."""
+    config.conditioning = conditioning
+    config.init_from = ""  # a model to start from: a workdir, or a folder of diffusers
+    if conditioning == "class":
+        config.class_embedding = ConfigDict()
+        config.class_embedding.width = 512  # of a token to attend to; 0: added to the timesteps'
+    if conditioning == "clip":
+        config.clip = ConfigDict()
+        config.clip.path = ""  # folder of diffusers with text_encoder/ and tokenizer/
+        config.clip.dtype = "bfloat16"
+    if conditioning == "text":
+        config.tokenizer = ConfigDict()
+        config.tokenizer.vocab_size = 30_522
+        config.tokenizer.max_length = 77  # tokens
+        config.tokenizer.num_examples = 1_000_000  # whose captions it is trained on
+        config.text_encoder = ConfigDict()
+        config.text_encoder.width = 1_280
+        config.text_encoder.depth = 32
+        config.text_encoder.num_heads = 8
+        config.text_encoder.head_dim = 64
+        config.text_encoder.dtype = "bfloat16"
+    config.unet = ConfigDict()
+    config.unet.channels = 320
+    config.unet.channel_multipliers = (1, 2, 4, 4)
+    config.unet.num_res_blocks = 2
+    config.unet.attention_levels = (0, 1, 2)  # 0 is the highest resolution
+    config.unet.num_heads = 8  # of an attention; one of it and head_dim is 0
+    config.unet.head_dim = 0  # channels of a head
+    config.unet.transformer_depth = 1
+    # A transformer also attends to the condition; "self" does to pixels alone.
+    config.unet.attention = "self" if conditioning == "none" else "transformer"
+    config.unet.scale_shift_norm = False  # timesteps scale and shift normalised features
+    config.unet.resblock_updown = False  # residual blocks change the resolution, not convolutions
+    config.unet.conv_resample = True  # or averages and repeated pixels do
+    config.unet.as_in_ddpm = False  # sinusoids and padding of DDPM's code, not of LDM's
+    config.unet.dropout = 0.0  # share of a residual block's features
+    config.unet.num_groups = 32
+    config.unet.remat = False  # compute blocks anew in the backward pass, to save memory
+    config.unet.dtype = "bfloat16"
+    config.schedule = ConfigDict()
+    config.schedule.name = "scaled_linear"
+    config.schedule.num_timesteps = 1_000
+    config.schedule.beta_start = 0.00085
+    config.schedule.beta_end = 0.012
+    config.schedule.zero_terminal_snr = False  # end in pure noise; for prediction_type "v"
+    config.objective = ConfigDict()
+    config.objective.prediction_type = "epsilon"  # or "v", "z_0"
+    config.objective.loss = "l2"  # or "l1", "huber"
+    config.objective.huber_delta = 0.1
+    config.objective.weighting = "none"  # of timesteps; or "min_snr", "p2"
+    config.objective.min_snr_gamma = 5.0
+    config.objective.p2_gamma = 1.0
+    config.objective.p2_k = 1.0
+    config.objective.offset_noise = 0.0  # standard deviation; 0.1 for very dark and bright images
+    config.objective.learned_variance = False
+    config.objective.vlb_weight = 0.001  # of the bound that learned variances are trained with
+    config.optimizer = optimizer(learning_rate=1e-4)
+    config.optimizer.warmup_steps = 10_000
+    config.condition_dropout = 0.1  # share of conditions replaced by none, for guidance
+    config.ema_decay = 0.9999
+    config.batch_size = 256
+    config.num_steps = 390_000
+
+    # Samples: what the commands and previews use where nothing else is said.
+    config.sample = ConfigDict()
+    config.sample.sampler = "ddim"
+    config.sample.steps = 50
+    config.sample.guidance_scale = 1.0 if conditioning == "none" else 5.0
+    config.sample.guidance_rescale = 0.0  # 0.7 with zero_terminal_snr
+    config.sample.guidance_interval = (0.0, 1.0)  # of the timesteps; no guidance outside
+    config.sample.eta = 0.0  # noise of ddim
+    config.sample.variance = "posterior"  # of ddpm; or "beta", "learned"
+    config.sample.spacing = "trailing"  # of timesteps; or "leading", "linspace"
+    config.sample.sigmas = "schedule"  # or "karras"
+    config.sample.clip = 0.0  # bound on the predicted image; 1 for models in the space of pixels
+    config.sample.batch_size = 16  # images drawn at once
+    if conditioning in ("text", "clip"):
+        config.sample.prompts = ("a photograph of a mountain lake", "a painting of a city at night")
+    if conditioning == "class":
+        config.sample.labels = (0, 1, 2, 3)  # that previews draw
+
+
+def own_images(config: ConfigDict) -> None:
+    """Data of the user's, in crops of 256 pixels, flipped half of the time, without captions."""
     config.data.name = ""  # a prepared TFDS dataset or a folder; give yours
     config.data.caption_key = ""  # none are needed
-    config.data.resize = 384
     config.data.random_flip = True
+
+
+def open_images(config: ConfigDict) -> None:
+    """Data as the references' autoencoders had it: OpenImages, short side 384, crops of 256."""
+    own_images(config)
+    config.data.resize = 384
+
+
+def digits(config: ConfigDict) -> None:
+    """The handwritten digits that come with scikit-learn, for ten minutes on 2 CPU cores."""
+    config.data.image_size = 32
+    config.log_every = 20
+    config.eval_every = 200
+    config.eval_examples = 297
+    config.checkpoint_every = 200
+    if "first_stage" in config:
+        first = config.first_stage
+        first.autoencoder.z_channels = 3
+        first.autoencoder.embed_dim = 3
+        first.autoencoder.channels = 16
+        first.autoencoder.channel_multipliers = (1, 2, 2)  # f = 4
+        first.autoencoder.num_res_blocks = 1
+        first.autoencoder.num_groups = 8
+        first.discriminator.channels = 32
+        first.discriminator.num_layers = 2
+        first.loss.disc_start = 280
+        first.loss.update_order = "together"
+        first.optimizer.learning_rate = 2e-3
+        first.optimizer.warmup_steps = 50
+        first.optimizer.final_fraction = 0.05
+        first.discriminator_optimizer.learning_rate = 5e-4
+        first.batch_size = 32
+        first.num_steps = 400
+
+    config.unet.channels = 32
+    config.unet.channel_multipliers = (1, 2)
+    config.unet.attention_levels = (0, 1)
+    config.unet.num_heads = 0
+    config.unet.head_dim = 32
+    config.unet.num_groups = 8
+    config.unet.dtype = "float32"
+    config.schedule.beta_start = 0.0015
+    config.schedule.beta_end = 0.0195
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.final_fraction = 0.05
+    config.optimizer.betas = (0.9, 0.99)
+    config.optimizer.clip_norm = 1.0
+    config.ema_decay = 0.995
+    config.batch_size = 64
+    config.num_steps = 1_000
+    config.sample.batch_size = 50
+    if config.conditioning != "none":
+        config.sample.guidance_scale = 2.0
+    if config.conditioning == "class":
+        config.sample.labels = tuple(range(10))
+        if config.class_embedding.width:
+            config.class_embedding.width = 64
+    if config.conditioning == "text":
+        config.tokenizer.vocab_size = 512
+        config.tokenizer.max_length = 16
+        config.text_encoder.width = 64
+        config.text_encoder.depth = 2
+        config.text_encoder.num_heads = 2
+        config.text_encoder.head_dim = 32
+        config.text_encoder.dtype = "float32"
+        words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+        config.sample.prompts = tuple(f"a handwritten {word}" for word in words)
 
 
 def photos(config: ConfigDict) -> None:
@@ -160,7 +310,8 @@ def smoke_first_stage(config: ConfigDict) -> None:
     config.eval_every = 4
     config.eval_examples = 16
     config.checkpoint_every = 2
-
+    if "first_stage" not in config:
+        return
     first = config.first_stage
     first.autoencoder.channels = 8
     first.autoencoder.channel_multipliers = (1, 1, 1)
@@ -171,3 +322,23 @@ def smoke_first_stage(config: ConfigDict) -> None:
     first.batch_size = 8
     first.num_steps = 4
     first.scale_examples = 32
+
+
+def smoke_second_stage(config: ConfigDict) -> None:
+    """A few steps of a UNet that learns nothing."""
+    config.unet.channels = 8
+    config.unet.num_res_blocks = 1
+    config.unet.attention_levels = (1,)
+    config.unet.head_dim = 8
+    config.unet.num_groups = 4
+    config.optimizer.warmup_steps = 1
+    config.batch_size = 8
+    config.num_steps = 4
+    config.sample.steps = 4
+    config.sample.batch_size = 8
+    if config.conditioning == "text":
+        config.text_encoder.width = 16
+        config.text_encoder.depth = 1
+        config.text_encoder.head_dim = 8
+    if config.conditioning == "class" and config.class_embedding.width:
+        config.class_embedding.width = 16

@@ -33,7 +33,7 @@ def reconstructions(workdir: str, pixels: np.ndarray) -> np.ndarray:
 def held_out(workdir: str) -> np.ndarray:
     """Some held-out images, spread evenly."""
     config = first_stages.open_first_stage(workdir).config
-    source, prepare = build.data_sources(config)[1], build.example_maker(config, None)
+    source, prepare = build.data_sources(config)[1], build.example_maker(config)
     rows = np.linspace(0, len(source) - 1, COLUMNS, dtype=int)
     return np.stack([prepare(source[int(row)], None)["image"] for row in rows])
 

@@ -4,18 +4,18 @@ The keys of a section are the arguments of what it builds.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
 from absl import logging
 from ml_collections import ConfigDict
 
-from latent_diffusion_jax.conditioning import text
-from latent_diffusion_jax.conditioning.tokenizers import encode
-from latent_diffusion_jax.conditioning.tokenizers import max_length as token_length
+from latent_diffusion_jax.conditioning import base, class_label, text
+from latent_diffusion_jax.conditioning.base import Conditioning
+from latent_diffusion_jax.conditioning.tokenizers import PromptTokenizer
 from latent_diffusion_jax.data import latents, pipeline
 from latent_diffusion_jax.data.latents import LatentSource
 from latent_diffusion_jax.data.sources import open_source
@@ -24,12 +24,14 @@ from latent_diffusion_jax.diffusion.plan import Plan
 from latent_diffusion_jax.diffusion.schedules import make_schedule
 from latent_diffusion_jax.ldm import LatentDiffusion
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
+from latent_diffusion_jax.models.class_embedding import ClassEmbedding
+from latent_diffusion_jax.models.clip_text import ClipTextEncoder
 from latent_diffusion_jax.models.discriminator import PatchDiscriminator
 from latent_diffusion_jax.models.lpips import LPIPS
 from latent_diffusion_jax.models.text_transformer import TextTransformer
 from latent_diffusion_jax.models.unet import UNet
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.sampling import Settings, make_draw, make_plan
+from latent_diffusion_jax.sampling import Request, Settings, make_draw, make_plan
 from latent_diffusion_jax.training import autoencoder_stage, diffusion_stage
 from latent_diffusion_jax.training.autoencoder_losses import AutoencoderLosses
 from latent_diffusion_jax.training.codebook import CodebookAverage
@@ -39,11 +41,25 @@ from latent_diffusion_jax.weights import lpips as lpips_weights
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 AUTOENCODERS = {"kl": AutoencoderKL, "vq": AutoencoderVQ}
+# What a second stage is told, and the sections of the config that it needs.
+CONDITIONINGS = {
+    "none": (),
+    "class": ("class_embedding",),
+    "text": ("tokenizer", "text_encoder"),  # both trained here
+    "clip": ("clip",),  # a frozen text encoder
+}
 
 
 def network_fields(section: ConfigDict) -> dict[str, Any]:
     """A section as keyword arguments, the dtype's name replaced by the dtype."""
     return dict(section) | {"dtype": DTYPES[section.dtype]}
+
+
+def image_channels(config: ConfigDict) -> int:
+    """Of the images: those of the first stage, or of the UNet where there is none."""
+    if "first_stage" in config:
+        return config.first_stage.autoencoder.image_channels
+    return config.data.image_channels
 
 
 def data_sources(config: ConfigDict) -> tuple[pipeline.DecodedSource, pipeline.DecodedSource]:
@@ -61,9 +77,7 @@ def data_sources(config: ConfigDict) -> tuple[pipeline.DecodedSource, pipeline.D
         )
         if not len(records):
             raise UserError(f"split {split!r} of data {data.name!r} is empty")
-        source = pipeline.DecodedSource(
-            records, data.max_damaged_share, config.first_stage.autoencoder.image_channels
-        )
+        source = pipeline.DecodedSource(records, data.max_damaged_share, image_channels(config))
         source.check(data.check_images, data.num_threads)
         sources.append(source)
     return sources[0], sources[1]
@@ -77,8 +91,10 @@ def latent_sources(config: ConfigDict) -> tuple[LatentSource, LatentSource]:
     return train, test
 
 
-def example_maker(config: ConfigDict, tokenizer: tokenizers.Tokenizer | None) -> pipeline.Prepare:
-    """How a record becomes an example: `image` or `moments` and, with a tokenizer, `tokens`."""
+def example_maker(
+    config: ConfigDict, conditioning: Conditioning = base.UNCONDITIONAL
+) -> pipeline.Prepare:
+    """How a record becomes an example: `image` or `moments`, and the condition's inputs."""
     data = config.data
 
     def prepare(record: dict[str, Any], rng: np.random.Generator | None) -> pipeline.Example:
@@ -90,9 +106,7 @@ def example_maker(config: ConfigDict, tokenizer: tokenizers.Tokenizer | None) ->
                     record, rng, data.image_size, data.random_flip, data.resize
                 )
             }
-        if tokenizer is not None:
-            example["tokens"] = text.caption_tokens(record, rng, tokenizer)
-        return example
+        return example | conditioning.prepare(record, rng)
 
     return prepare
 
@@ -148,23 +162,76 @@ def first_stage(config: ConfigDict) -> Stage:
     )
 
 
-def latent_diffusion(config: ConfigDict, vocab_size: int, max_length: int) -> LatentDiffusion:
-    """The networks of both stages."""
-    conditioner = TextTransformer(
-        vocab_size=vocab_size, max_length=max_length, **network_fields(config.text_encoder)
+def latent_diffusion(
+    config: ConfigDict,
+    vocab_size: int = 0,
+    max_length: int = 0,
+    *,
+    num_labels: int = 0,
+    clip: Mapping[str, Any] | None = None,
+) -> LatentDiffusion:
+    """The networks of both stages.
+
+    Args:
+      config: of the run.
+      vocab_size, max_length: of the tokenizer, with conditioning "text".
+      num_labels: of the data, with conditioning "class".
+      clip: fields of the text encoder, with conditioning "clip".
+    """
+    conditioner: TextTransformer | ClassEmbedding | ClipTextEncoder | None = None
+    num_classes = 0  # that the UNet embeds
+    if config.conditioning == "text":
+        conditioner = TextTransformer(
+            vocab_size=vocab_size, max_length=max_length, **network_fields(config.text_encoder)
+        )
+    elif config.conditioning == "clip":
+        conditioner = ClipTextEncoder(**{**(clip or {}), "dtype": DTYPES[config.clip.dtype]})
+    elif config.conditioning == "class" and config.class_embedding.width:
+        width, dtype = config.class_embedding.width, DTYPES[config.unet.dtype]
+        conditioner = ClassEmbedding(num_labels + 1, width, dtype)
+    elif config.conditioning == "class":
+        num_classes = num_labels + 1
+    first = autoencoder(config) if "first_stage" in config else None
+    channels = first.embed_dim if first is not None else image_channels(config)
+    learned_variance = config.objective.learned_variance
+    unet = UNet(
+        out_channels=channels * (2 if learned_variance else 1),
+        num_classes=num_classes,
+        **network_fields(config.unet),
     )
-    channels = config.first_stage.autoencoder.embed_dim
-    if config.objective.learned_variance:
-        channels *= 2
-    unet = UNet(out_channels=channels, **network_fields(config.unet))
     return LatentDiffusion(
-        autoencoder(config),
+        first,
         conditioner,
         unet,
         make_schedule(**config.schedule),
         config.data.image_size,
         config.objective.prediction_type,
+        learned_variance,
+        trained_conditioner=config.conditioning != "clip",
     )
+
+
+def make_conditioning(
+    config: ConfigDict, tokenizer: PromptTokenizer | None, num_labels: int
+) -> Conditioning:
+    """The host half of what the config's second stage is told.
+
+    Args:
+      config: of the run.
+      tokenizer: with a text encoder.
+      num_labels: of the data, with conditioning "class".
+
+    Raises:
+      UserError: `sample.labels` has a label that the data has not.
+    """
+    if tokenizer is not None:
+        return text.caption_conditioning(tokenizer, config.sample.prompts)
+    if config.conditioning == "class":
+        previews = config.sample.labels
+        if max(previews) >= num_labels:
+            raise UserError(f"sample.labels={tuple(previews)}: the data has {num_labels} labels")
+        return class_label.label_conditioning(num_labels, previews)
+    return base.UNCONDITIONAL
 
 
 def sample_plan(config: ConfigDict) -> Plan:
@@ -186,17 +253,36 @@ def sample_settings(config: ConfigDict) -> Settings:
     return Settings(**{name: value for name, value in config.sample.items() if name in names})
 
 
-def second_stage(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> Stage:
-    """The UNet's and the conditioner's training stage."""
-    ldm = latent_diffusion(config, tokenizer.get_vocab_size(), token_length(tokenizer))
+def second_stage(config: ConfigDict, ldm: LatentDiffusion, conditioning: Conditioning) -> Stage:
+    """The training stage of the UNet and, where it is trained, the conditioner.
+
+    Args:
+      config: of the run.
+      ldm: what `latent_diffusion` gave.
+      conditioning: what `make_conditioning` gave.
+    """
     return diffusion_stage.make_stage(
         ldm,
         make_optimizer(config.num_steps, **config.optimizer),
-        text.null_tokens(tokenizer),
-        encode(tokenizer, config.sample.prompts),
+        conditioning,
+        _previews(conditioning, config.sample.batch_size),
         objective=Objective(**config.objective),
-        caption_dropout=config.caption_dropout,
+        condition_dropout=config.condition_dropout,
         ema_decay=config.ema_decay,
         draw=make_draw(ldm, ldm.image_size, ldm.image_size),
         plan=sample_plan(config),
     )
+
+
+def _previews(conditioning: Conditioning, batch_size: int) -> Request:
+    """What previews draw; image i has seed i, as with the command that samples."""
+    inputs = {name: jnp.asarray(rows) for name, rows in conditioning.previews.items()}
+    count = len(next(iter(inputs.values()))) if inputs else batch_size
+    seeds = jnp.arange(count, dtype=jnp.uint32)
+    if not inputs:
+        return Request(seeds)
+    null = {
+        name: jnp.broadcast_to(jnp.asarray(value), inputs[name].shape)
+        for name, value in conditioning.null.items()
+    }
+    return Request(seeds, inputs, null)

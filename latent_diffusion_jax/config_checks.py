@@ -13,6 +13,7 @@ from latent_diffusion_jax.diffusion.samplers import SAMPLERS
 from latent_diffusion_jax.diffusion.schedules import BETAS
 from latent_diffusion_jax.diffusion.solvers import VARIANCES
 from latent_diffusion_jax.models.discriminator import NORMS
+from latent_diffusion_jax.models.unet import ATTENTIONS
 from latent_diffusion_jax.runtime.commands import flatten
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.training import autoencoder_losses
@@ -23,8 +24,8 @@ STAGES = ("first_stage", "diffusion")
 # Keys whose section the config has not are left out: a first stage alone needs no second.
 SECTIONS = {
     "first_stage": ("first_stage",),
-    "diffusion": ("first_stage", "tokenizer", "text_encoder", "unet", "schedule", "objective",
-                  "optimizer", "sample", "caption_dropout", "ema_decay", "batch_size", "num_steps"),
+    "diffusion": ("conditioning", "init_from", "unet", "schedule", "objective", "optimizer",
+                  "sample", "condition_dropout", "ema_decay", "batch_size", "num_steps"),
 }  # fmt: skip
 AT_LEAST_ONE = (
     "batch_size",
@@ -63,7 +64,7 @@ AT_LEAST_ONE = (
     "sample.batch_size",
 )
 IN_UNIT_INTERVAL = (
-    "caption_dropout",
+    "condition_dropout",
     "ema_decay",
     "data.holdout_share",
     "data.max_damaged_share",
@@ -84,6 +85,7 @@ NOT_NEGATIVE = (
     "first_stage.loss.beta",
     "first_stage.loss.perceptual_weight",
     "first_stage.loss.disc_weight",
+    "class_embedding.width",
     "first_stage.loss.r1_weight",
     "first_stage.loss.lecam_weight",
     "objective.huber_delta",
@@ -92,6 +94,7 @@ NOT_NEGATIVE = (
     "objective.p2_k",
     "objective.offset_noise",
     "objective.vlb_weight",
+    "sample.clip",
 )
 NAMES: dict[str, Any] = {
     "first_stage.kind": build.AUTOENCODERS,
@@ -106,6 +109,9 @@ NAMES: dict[str, Any] = {
     "first_stage.loss.discriminator_loss": autoencoder_losses.DISCRIMINATOR_LOSSES,
     "first_stage.loss.update_order": autoencoder_losses.UPDATE_ORDERS,
     "text_encoder.dtype": build.DTYPES,
+    "conditioning": build.CONDITIONINGS,
+    "clip.dtype": build.DTYPES,
+    "unet.attention": ATTENTIONS,
     "unet.dtype": build.DTYPES,
     "schedule.name": BETAS,
     "objective.prediction_type": PREDICTION_TYPES,
@@ -131,8 +137,10 @@ def check_config(config: ConfigDict) -> None:
         _check_values(flatten(config))
         _check_optimizers(config)
         _check_image_size(config)
-        _check_first_stage(config)
+        if "first_stage" in config:
+            _check_first_stage(config)
         if "diffusion" in config.stages:
+            _check_conditioning(config)
             _check_second_stage(config)
     except (KeyError, AttributeError) as error:  # ml_collections names the key
         raise UserError(f"the config lacks a key: {error}") from error
@@ -147,7 +155,7 @@ def _check_values(values: dict[str, Any]) -> None:
 
     def present(keys: Iterable[str]) -> list[tuple[str, Any]]:
         wanted = [key for key in keys if key.split(".")[0] in sections]
-        if values["first_stage.kind"] != "vq":
+        if values.get("first_stage.kind") != "vq":
             wanted = [key for key in wanted if not key.startswith(VQ_ONLY)]
         return [(key, values[key]) for key in wanted]
 
@@ -207,18 +215,19 @@ def _check_image_size(config: ConfigDict) -> None:
             f"data.resize={config.data.resize} must be 0 (the crop's size), -1 (images as they "
             f"are) or at least data.image_size={size}"
         )
-    _check_network("first_stage.autoencoder", config.first_stage.autoencoder)
-    factor = 2 ** (len(config.first_stage.autoencoder.channel_multipliers) - 1)
-    deeper = 1
+    factor, deeper = 1, 1
+    if "first_stage" in config:
+        _check_network("first_stage.autoencoder", config.first_stage.autoencoder)
+        factor = 2 ** (len(config.first_stage.autoencoder.channel_multipliers) - 1)
+    elif config.data.latents:
+        raise UserError("data.latents are a first stage's, and the config has none")
     if "diffusion" in config.stages:
         _check_network("unet", config.unet)
         deeper = 2 ** (len(config.unet.channel_multipliers) - 1)
     if size % (factor * deeper):
-        more = f", the UNet by {deeper} more" if deeper > 1 else ""
-        raise UserError(
-            f"data.image_size={size} must be a multiple of {factor * deeper}: the autoencoder "
-            f"divides it by {factor}{more}"
-        )
+        parts = [("the autoencoder", factor), ("the UNet", deeper)]
+        named = ", ".join(f"{name} divides it by {by}" for name, by in parts if by > 1)
+        raise UserError(f"data.image_size={size} must be a multiple of {factor * deeper}: {named}")
 
 
 def _check_first_stage(config: ConfigDict) -> None:
@@ -258,16 +267,43 @@ def _check_first_stage(config: ConfigDict) -> None:
             )
 
 
+def _check_conditioning(config: ConfigDict) -> None:
+    kind = config.conditioning
+    lacking = [section for section in build.CONDITIONINGS[kind] if section not in config]
+    if lacking:
+        raise UserError(f"conditioning={kind!r} needs what the config has not: {lacking}")
+    if kind == "clip" and not config.clip.path:
+        raise UserError(
+            "clip.path is empty; give a folder of diffusers that has text_encoder/ and tokenizer/"
+        )
+    attends = kind in ("text", "clip") or (kind == "class" and config.class_embedding.width > 0)
+    if attends and config.unet.attention == "self":
+        raise UserError(
+            f"unet.attention='self' attends to pixels alone, and conditioning={kind!r} needs "
+            f"'transformer'"
+        )
+    key = {"class": "labels", "text": "prompts", "clip": "prompts"}.get(kind)
+    if key and not config.sample[key]:
+        raise UserError(f"sample.{key} is empty; previews need at least one")
+    if kind == "class" and min(config.sample.labels) < 0:
+        raise UserError(f"sample.labels={tuple(config.sample.labels)} must not be negative")
+    if kind == "none" and config.sample.guidance_scale != 1.0:
+        raise UserError(
+            f"sample.guidance_scale={config.sample.guidance_scale} must be 1 with "
+            f"conditioning='none': there is nothing to be guided by"
+        )
+    if kind == "text" and config.tokenizer.max_length < 3:
+        raise UserError(
+            f"tokenizer.max_length={config.tokenizer.max_length} must be at least 3: a caption "
+            "stands between two other tokens"
+        )
+
+
 def _check_second_stage(config: ConfigDict) -> None:
     unet = config.unet
     low, high = config.schedule.beta_start, config.schedule.beta_end
     if not 0.0 < low <= high < 1.0:
         raise UserError(f"schedule: 0 < beta_start={low} <= beta_end={high} < 1 does not hold")
-    if config.tokenizer.max_length < 3:
-        raise UserError(
-            f"tokenizer.max_length={config.tokenizer.max_length} must be at least 3: a caption "
-            "stands between two other tokens"
-        )
     if config.schedule.zero_terminal_snr and config.objective.prediction_type == "epsilon":
         raise UserError(
             "schedule.zero_terminal_snr needs objective.prediction_type='v' or 'z_0': epsilon says "
@@ -284,8 +320,6 @@ def _check_second_stage(config: ConfigDict) -> None:
         build.sample_plan(config)
     except ValueError as error:
         raise UserError(f"sample: {error}") from error
-    if not config.sample.prompts:
-        raise UserError("sample.prompts is empty; previews need at least one prompt")
     if bool(unet.num_heads) == bool(unet.head_dim):
         raise UserError(
             f"unet.num_heads={unet.num_heads} and unet.head_dim={unet.head_dim}: one of them must "

@@ -5,7 +5,7 @@ r"""Measures a trained model: reconstructions, and samples against real images.
 prints and writes to WORKDIR/evaluation.json:
   psnr               of the first stage on the held-out images, in dB
   prompt_accuracy    share of samples that a classifier, fitted on the real training images, reads
-                     as what their prompt names (data with class labels only), beside
+                     as what their prompt or label names (data with class labels only), beside
   reader_accuracy    the same classifier's accuracy on held-out real images
   precision, recall  k-nearest-neighbour precision (samples among the training images) and recall
                      (held-out images among the samples), on grey pixels
@@ -82,6 +82,39 @@ def reconstruct(pipe: pipelines.Pipeline, pixels: np.ndarray) -> np.ndarray:
     return np.concatenate(found)
 
 
+def what_to_draw(
+    conditioning: str,
+    num_classes: int,
+    captions: list[list[str]],
+    labels: np.ndarray,
+    num_samples: int,
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """Samples to compare with the held-out images.
+
+    Args:
+      conditioning: of the model, one of `build.CONDITIONINGS`.
+      num_classes: of the data; 0 where it has no labels.
+      captions: of each held-out image.
+      labels: of each held-out image [N].
+      num_samples: images to draw; with classes, the same number for each.
+
+    Returns:
+      Arguments of `Pipeline.__call__`, and the class that each sample should show.
+
+    Raises:
+      UserError: the number does not fit.
+      ValueError: a class has no image.
+    """
+    if conditioning == "none":
+        return {"num_images": num_samples}, None
+    if not num_classes:
+        return {"prompt": [captions[i % len(captions)][0] for i in range(num_samples)]}, None
+    if num_samples % num_classes:
+        raise UserError(f"--num_samples={num_samples} must be a multiple of {num_classes}")
+    prompts, wanted = balanced_prompts(captions, labels, num_classes, num_samples // num_classes)
+    return ({"label": wanted} if conditioning == "class" else {"prompt": prompts}), wanted
+
+
 def evaluate(
     workdir: pathlib.Path, num_samples: int, max_real: int, seed: int, **sampling: Any
 ) -> tuple[dict[str, Any], np.ndarray]:
@@ -108,24 +141,19 @@ def evaluate(
         raise UserError(f"{len(train_pixels)} training images are too few to compare with")
 
     classes = train_source.records.label_names
-    if classes:
-        if num_samples % len(classes):
-            raise UserError(f"--num_samples={num_samples} must be a multiple of {len(classes)}")
-        try:
-            prompts, labels = balanced_prompts(
-                test_captions, test_labels, len(classes), num_samples // len(classes)
-            )
-        except ValueError as error:
-            raise UserError(f"held-out split of {pipe.config.data.name!r}: {error}") from error
-    else:
-        prompts = [test_captions[i % len(test_captions)][0] for i in range(num_samples)]
-    samples = pipe(prompts, seed=seed, **sampling)
+    try:
+        drawn, labels = what_to_draw(
+            pipe.config.conditioning, len(classes), test_captions, test_labels, num_samples
+        )
+    except ValueError as error:
+        raise UserError(f"held-out split of {pipe.config.data.name!r}: {error}") from error
+    samples = pipe(seed=seed, **drawn, **sampling)
     features = grey_features(samples)
 
-    figures: dict[str, Any] = {
-        "psnr": float(psnr(test_pixels, reconstruct(pipe, test_pixels)).mean())
-    }
-    if classes:
+    figures: dict[str, Any] = {}
+    if pipe.ldm.autoencoder is not None:
+        figures["psnr"] = float(psnr(test_pixels, reconstruct(pipe, test_pixels)).mean())
+    if labels is not None:
         reader = fit_reader(train_features, train_labels, test_features, test_labels)
         figures["prompt_accuracy"] = reader.accuracy(features, labels)
         figures["reader_accuracy"] = reader.held_out_accuracy

@@ -18,10 +18,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from latent_diffusion_jax import build, loading
-from latent_diffusion_jax.conditioning import prompts
+from latent_diffusion_jax import build, draw_requests, loading
 from latent_diffusion_jax.diffusion.samplers import SAMPLERS
-from latent_diffusion_jax.loading import Model
+from latent_diffusion_jax.loaded_model import Model, with_settings
 from latent_diffusion_jax.runtime import loggers
 from latent_diffusion_jax.runtime.commands import run
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
@@ -32,7 +31,8 @@ from latent_diffusion_jax.weights import files
 FLAGS = flags.FLAGS
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-PLAN = "plan/"  # names of the plan's arrays begin with it
+# Names of arrays begin with what they belong to.
+PLAN, CONDITION, NULL = "plan/", "condition/", "null_condition/"
 PROGRAM, WEIGHTS, INPUTS = "program.stablehlo", "weights.safetensors", "inputs.npz"
 LOADER = pathlib.Path(__file__).parent / "exported_draw.py"  # is copied beside the program
 
@@ -52,27 +52,47 @@ def program_of(model: Model, height: int, width: int) -> Any:
     def program(
         weights: dict[str, jax.Array], inputs: dict[str, jax.Array], seeds: jax.Array
     ) -> jax.Array:
-        texts = {
-            name: jax.numpy.broadcast_to(value, (len(seeds), *value.shape[1:]))
-            for name, value in inputs.items()
-            if not name.startswith(PLAN)
-        }
-        params = filled(model.params, weights)
-        images, _ = draw(params, Request(seeds, **texts), filled(plan, inputs, PLAN))
+        def condition(prefix: str) -> dict[str, jax.Array]:
+            return {
+                name.removeprefix(prefix): jax.numpy.broadcast_to(
+                    value, (len(seeds), *value.shape[1:])
+                )
+                for name, value in inputs.items()
+                if name.startswith(prefix)
+            }
+
+        request = Request(seeds, condition(CONDITION), condition(NULL) or None)
+        images, _ = draw(filled(model.params, weights), request, filled(plan, inputs, PLAN))
         return jax.numpy.round((images + 1.0) * 127.5).astype(jax.numpy.uint8)
 
     return program
 
 
 def inputs_of(
-    model: Model, prompt: str, negative_prompt: str, max_chunks: int
+    model: Model,
+    prompt: str,
+    negative_prompt: str,
+    max_chunks: int,
+    label: str | None = None,
 ) -> dict[str, np.ndarray]:
-    """What the program takes beside weights and seeds: tokens and the sampler's plan."""
-    negatives = [negative_prompt] if model.settings.guidance_scale != 1.0 else None
-    inputs = prompts.guided_tokens(model.tokenizer, [prompt], negatives, max_chunks)
+    """What the program takes beside weights and seeds: the condition and the sampler's plan."""
+    inputs, null, _ = draw_requests.make_condition(
+        model,
+        prompt,
+        negative_prompt,
+        label,
+        num_images=1,
+        guided=model.settings.guidance_scale != 1.0,
+        max_chunks=max_chunks,
+    )
     with as_user_error("the sampler"):
         plan = make_plan(model.ldm.schedule, model.ldm.prediction_type, model.settings)
-    return inputs | {PLAN + name: np.asarray(leaf) for name, leaf in flatten_names(plan).items()}
+    arrays = {CONDITION: inputs, NULL: null or {}, PLAN: flatten_names(plan)}
+    return {
+        prefix + name: np.asarray(leaf)
+        for prefix, part in arrays.items()
+        for name, leaf in part.items()
+    }
 
 
 def export(
@@ -85,6 +105,7 @@ def export(
     height: int,
     width: int,
     max_chunks: int,
+    label: str | None = None,
     inputs_only: bool = False,
 ) -> None:
     """Writes the files that the module's docstring lists; arguments are the command's flags.
@@ -94,7 +115,7 @@ def export(
     """
     if model.sees_mask:
         raise UserError("models that paint into images are not exported: they need an image")
-    inputs = inputs_of(model, prompt, negative_prompt, max_chunks)
+    inputs = inputs_of(model, prompt, negative_prompt, max_chunks, label)
     if inputs_only:
         _check_same_shapes(inputs, out / INPUTS)
     try:
@@ -140,6 +161,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("dtype", "float32", sorted(build.DTYPES), "Of weights and computation.")
     flags.DEFINE_string("out", None, "Folder to write to.", required=True)
     flags.DEFINE_string("prompt", "", "What to draw.")
+    flags.DEFINE_string("label", None, "Class to draw, by number or name, for models of classes.")
     flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
     flags.DEFINE_enum("sampler", None, sorted(SAMPLERS), "Default: the model's.")
     flags.DEFINE_integer("steps", None, "Sampling steps; default: the model's.", lower_bound=1)
@@ -161,7 +183,7 @@ def main() -> None:
         prediction_type=FLAGS.prediction_type,
     )
     chosen = {name: FLAGS[name].value for name in ("sampler", "steps", "guidance_scale")}
-    model = loading.with_settings(model, **chosen)
+    model = with_settings(model, **chosen)
     out = pathlib.Path(FLAGS.out).expanduser()
     export(
         model,
@@ -172,6 +194,7 @@ def main() -> None:
         height=FLAGS.height or model.ldm.image_size,
         width=FLAGS.width or model.ldm.image_size,
         max_chunks=FLAGS.max_chunks,
+        label=FLAGS.label,
         inputs_only=FLAGS.inputs_only,
     )
     print(f"{FLAGS.model} -> {out}")

@@ -1,7 +1,9 @@
 """Trained first stages from wherever they lie: a workdir, a diffusers folder, a CompVis file."""
 
+import functools
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,13 +11,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build
+from latent_diffusion_jax.data.pipeline import Examples
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.runtime import checkpoints, sharding, trees
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.images import to_float
+from latent_diffusion_jax.training.loop import in_order
 from latent_diffusion_jax.training.state import State
 from latent_diffusion_jax.weights import autoencoders
 
@@ -126,6 +132,40 @@ def load_frozen(
         "autoencoder": found.params,
         "scale_factor": jax.device_put(scale, sharding.replicated(mesh)),
     }
+
+
+def measure_scale(
+    config: ConfigDict, source: Examples, mesh: jax.sharding.Mesh, network: Any, params: Any
+) -> float:
+    """1 / standard deviation of the latents over training images (LDM, appendix G).
+
+    Args:
+      config: of the run.
+      source: the training images, which may be encoded already: then it gives moments.
+      mesh: where the parameters are.
+      network: the autoencoder.
+      params: its parameters.
+    """
+    section, prepare = config.first_stage, build.example_maker(config)
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    def moments(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        """Mean and mean square of each image's latents, [B]."""
+        if "moments" in batch:
+            z = network.posterior.from_moments(batch["moments"]).mean
+        else:
+            z = network.apply({"params": params}, to_float(batch["image"]), method="encode").mean
+        return z.mean((1, 2, 3)), (z**2).mean((1, 2, 3))
+
+    totals, count = np.zeros(2), 0
+    for batch, valid in in_order(source, prepare, mesh, section.batch_size, section.scale_examples):
+        found = moments(params, batch)
+        totals += [np.asarray(x, np.float64)[:valid].sum() for x in found]
+        count += valid
+    mean, mean_square = totals / count
+    std = math.sqrt(mean_square - mean**2)
+    logging.info("first_stage: latents' std %.4g, so scale factor %.4g", std, 1 / std)
+    return 1 / std
 
 
 def adopt(config: ConfigDict, workdir: pathlib.Path, params: Any, scale_factor: float) -> None:

@@ -5,6 +5,7 @@ sampling and evaluation are elsewhere and take one of these.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,9 +16,11 @@ from latent_diffusion_jax.conditioning.base import Cond
 from latent_diffusion_jax.conditioning.prompts import encode_chunks
 from latent_diffusion_jax.diffusion.schedules import NoiseSchedule
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
+from latent_diffusion_jax.models.class_embedding import ClassEmbedding
 from latent_diffusion_jax.models.unet import UNet
 
 Params = Any
+Inputs = Mapping[str, jax.Array]  # of a condition, by name, each with a leading axis B
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +32,14 @@ class LatentDiffusion:
 
     Attributes:
       autoencoder: the first stage; None where diffusion is in the space of pixels.
-      conditioner: token ids [B, L] -> context [B, L, D]; None for an unconditional model.
+      conditioner: token ids [B, L] -> context [B, L, D], or labels [B] -> context [B, 1, D]; None
+        for an unconditional model, and for one whose UNet embeds the labels.
       unet: the denoiser.
       schedule: the forward process.
       image_size: pixels a side that it was trained on.
       prediction_type: what the UNet predicts, one of `PREDICTION_TYPES`.
+      learned_variance: the UNet predicts variances too, in as many channels again.
+      trained_conditioner: the second stage trains the conditioner; otherwise it is frozen.
     """
 
     autoencoder: AutoencoderKL | AutoencoderVQ | None
@@ -42,6 +48,8 @@ class LatentDiffusion:
     schedule: NoiseSchedule
     image_size: int
     prediction_type: str = "epsilon"
+    learned_variance: bool = False
+    trained_conditioner: bool = True
 
     @property
     def factor(self) -> int:
@@ -53,11 +61,18 @@ class LatentDiffusion:
         """Of a latent."""
         if self.autoencoder is not None:
             return self.autoencoder.embed_dim
-        return self.unet.out_channels
+        return self.unet.out_channels // (2 if self.learned_variance else 1)
 
     @property
     def image_channels(self) -> int:
-        return self.autoencoder.image_channels if self.autoencoder else self.unet.out_channels
+        return self.autoencoder.image_channels if self.autoencoder else self.channels
+
+    @property
+    def num_labels(self) -> int:
+        """Labels that the model knows, with the one for "no label"; 0 where it takes none."""
+        if isinstance(self.conditioner, ClassEmbedding):
+            return self.conditioner.num_classes
+        return self.unet.num_classes
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -100,18 +115,27 @@ class LatentDiffusion:
         z = z_0 / params["scale_factor"]
         return self.autoencoder.apply({"params": params["autoencoder"]}, z, method="decode")
 
-    def condition(self, params: Params, tokens: jax.Array) -> Cond:
-        """Token ids [B, L] -> condition."""
-        return Cond(context=self._context(params, tokens))
+    def condition(self, params: Params, inputs: Inputs) -> Cond:
+        """A condition's inputs -> condition.
 
-    def condition_chunks(self, params: Params, tokens: jax.Array, weights: jax.Array) -> Cond:
-        """Token ids [B, K, L] in chunks, and weights of the same shape -> condition."""
-        context = encode_chunks(lambda ids: self._context(params, ids), tokens, weights)
-        return Cond(context=context)
+        Args:
+          params: of the networks.
+          inputs: `tokens`, ids [B, L]; or [B, K, L] in chunks, with `weights` of the same shape;
+            or `label` [B]; or nothing.
+        """
+        if "label" in inputs and self.conditioner is None:
+            return Cond(vector=inputs["label"])
+        if not inputs:
+            return Cond()
+        conditioner = self.conditioner
+        assert conditioner is not None
 
-    def _context(self, params: Params, tokens: jax.Array) -> jax.Array:
-        assert self.conditioner is not None
-        return self.conditioner.apply({"params": params["conditioner"]}, tokens)
+        def encode(ids: jax.Array) -> jax.Array:
+            return conditioner.apply({"params": params["conditioner"]}, ids)
+
+        if "weights" in inputs:
+            return Cond(context=encode_chunks(encode, inputs["tokens"], inputs["weights"]))
+        return Cond(context=encode(inputs["label"] if "label" in inputs else inputs["tokens"]))
 
     def predict(
         self,
@@ -132,14 +156,28 @@ class LatentDiffusion:
             {"params": params["unet"]}, z_t, t, cond.context, cond.vector, rngs=rngs
         )
 
-    def init_trained(self, key: jax.Array, max_length: int) -> Params:
-        """Fresh parameters of the parts that the second stage trains: conditioner and UNet."""
+    def init_trained(self, key: jax.Array, inputs: Inputs) -> Params:
+        """Fresh parameters of what the second stage trains: the UNet and its conditioner.
+
+        Args:
+          key: random.
+          inputs: of any condition, see `condition`.
+        """
         key_conditioner, key_unet = jax.random.split(key)
-        params, context = {}, None
-        if self.conditioner is not None:
-            tokens = jnp.zeros((1, max_length), jnp.int32)
-            context, variables = self.conditioner.init_with_output(key_conditioner, tokens)
-            params["conditioner"] = variables["params"]
-        latents = jnp.zeros((1, *self.latent_shape))
-        unet = self.unet.init(key_unet, latents, jnp.zeros(1, jnp.int32), context)
-        return params | {"unet": unet["params"]}
+        trained: dict[str, Any] = {}
+        conditioner, shapes = self.conditioner, {}
+        if conditioner is not None:
+            (ids,) = inputs.values()
+
+            def init(key: jax.Array) -> Params:
+                return {"conditioner": conditioner.init(key, ids)["params"]}
+
+            shapes = jax.eval_shape(init, key_conditioner)
+            if self.trained_conditioner:
+                trained |= init(key_conditioner)
+        # The UNet's parameters depend on the shapes of its condition alone.
+        shapes = jax.eval_shape(lambda params: self.condition(params, inputs), shapes)
+        cond = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        latents, t = jnp.zeros((1, *self.latent_shape)), jnp.zeros(1, jnp.int32)
+        unet = self.unet.init(key_unet, latents, t, cond.context, cond.vector)
+        return trained | {"unet": unet["params"]}

@@ -16,20 +16,18 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from latent_diffusion_jax import loading
+from latent_diffusion_jax import draw_requests, loading
 from latent_diffusion_jax.conditioning import prompts as weighted_prompts
 from latent_diffusion_jax.conditioning.tokenizers import PromptTokenizer
 from latent_diffusion_jax.diffusion.plan import Plan
 from latent_diffusion_jax.ldm import LatentDiffusion
-from latent_diffusion_jax.loading import Model
+from latent_diffusion_jax.loaded_model import Model, with_settings
 from latent_diffusion_jax.runtime import images as pictures
 from latent_diffusion_jax.runtime import sharding
 from latent_diffusion_jax.runtime.compilation import compiler_options, use_persistent_cache
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.images import Picture
 from latent_diffusion_jax.sampling import Request, make_draw, make_plan
-
-MAX_SEED = 2**32 - 1
 
 
 class Pipeline:
@@ -91,6 +89,7 @@ class Pipeline:
         self,
         prompt: str | Sequence[str] = "",
         *,
+        label: int | str | Sequence[int | str] | None = None,
         negative_prompt: str | Sequence[str] = "",
         num_images: int = 1,
         seed: int | Sequence[int] = 0,
@@ -122,8 +121,9 @@ class Pipeline:
 
         Args:
           prompt: one or several. `(word:1.3)` weighs a word, see `conditioning.prompts`.
+          label: for a model of classes: one or several, by number or name.
           negative_prompt: what guidance leads away from; one, or one for each prompt.
-          num_images: images of each prompt.
+          num_images: images of each prompt, or label.
           seed: of the first image, the next ones count up from it; or one for each image. An
             image is the same for the same prompt and seed, whatever else is drawn beside it.
           steps: sampling steps, 1 to the schedule's timesteps.
@@ -162,10 +162,13 @@ class Pipeline:
             "sigmas": sigmas,
             "spacing": spacing,
         }
-        settings = loading.with_settings(self.model, **chosen).settings
-        prompts = _repeated(_listed(prompt), num_images)
+        settings = with_settings(self.model, **chosen).settings
+        guided = settings.guidance_scale != 1.0
+        inputs, null, count = draw_requests.make_condition(
+            self.model, prompt, negative_prompt, label, num_images, guided, max_chunks
+        )
         size = self._size(height, width)
-        seeds = _seeds(seed, len(prompts))
+        seeds = draw_requests.seeds_of(seed, count)
         if variation_strength and variation_seed is None:
             raise UserError("variation_strength needs a variation_seed")
         if mask is not None and image is None:
@@ -186,21 +189,15 @@ class Pipeline:
         except ValueError as error:
             raise UserError(str(error)) from error
         program = self.program(*size, previews)
-        guided = settings.guidance_scale != 1.0
-        negatives = _listed(negative_prompt)
-        negatives = _repeated(negatives, len(prompts) if len(negatives) == 1 else num_images)
-        rows = {"seeds": np.array(seeds, np.uint32)}
-        rows |= weighted_prompts.guided_tokens(
-            self.tokenizer, prompts, negatives if guided else None, max_chunks
-        )
-        shape = (len(prompts), *self.ldm.shape_of(*size))
+        rows = {"seeds": np.array(seeds, np.uint32), "inputs": inputs, "null_inputs": null}
+        shape = (count, *self.ldm.shape_of(*size))
         if latents is not None:
             if variation_seed is not None:
                 raise UserError("give either latents or variation_seed")
-            rows["noise"] = _noise(latents, shape)
+            rows["noise"] = draw_requests.noise_of(latents, shape)
         shared: dict[str, Any] = {}
         if variation_seed is not None:
-            rows["variation_seeds"] = _variation_seeds(variation_seed, len(prompts))
+            rows["variation_seeds"] = draw_requests.variation_seeds_of(variation_seed, count)
             if not 0.0 <= variation_strength <= 1.0:
                 raise UserError(f"variation_strength must be in [0, 1], got {variation_strength}")
             shared["variation_strength"] = np.float32(variation_strength)
@@ -210,17 +207,17 @@ class Pipeline:
         if mask is not None:
             shared["mask"] = (pictures.of_size(mask, size, 1) / 255.0).astype(np.float32)
         # Prompts of other lengths are other shapes: an image does not depend on its neighbours'.
-        counts = np.ones(len(prompts), int)
+        lengths = np.ones(count, int)
         if self.tokenizer is not None:
-            counts = weighted_prompts.filled_chunks(self.tokenizer, rows)
-        images = np.zeros((len(prompts), *size, self.ldm.image_channels), np.uint8)
+            lengths = weighted_prompts.filled_chunks(self.tokenizer, inputs, null)
+        images = np.zeros((count, *size, self.ldm.image_channels), np.uint8)
         shown = np.zeros((previews, *images.shape), np.uint8)
-        for count in np.unique(counts):
-            members = np.flatnonzero(counts == count)
-            group = {
-                name: row[members][:, :count] if name in weighted_prompts.TEXTS else row[members]
-                for name, row in rows.items()
-            }
+        for length in np.unique(lengths):
+            members = np.flatnonzero(lengths == length)
+            group = _rows(rows, members)
+            if self.tokenizer is not None:
+                for name in ("inputs", "null_inputs"):
+                    group[name] = weighted_prompts.first_chunks(group[name], length)
             images[members], shown[:, members] = self._draw(
                 program, plan, group, shared, size, batch_size
             )
@@ -234,7 +231,7 @@ class Pipeline:
         self,
         program: Any,
         plan: Plan,
-        rows: dict[str, np.ndarray],
+        rows: dict[str, Any],
         shared: dict[str, np.ndarray],
         size: tuple[int, int],
         batch_size: int | None,
@@ -253,7 +250,7 @@ class Pipeline:
         for start in range(0, count, most):
             # The last batch is filled up, so that all run the one program.
             chosen = np.minimum(np.arange(start, start + most), count - 1)
-            batch = {name: jax.device_put(row[chosen], split) for name, row in rows.items()}
+            batch = jax.device_put(_rows(rows, chosen), split)
             for name, value in shared.items():
                 if name in ("image", "mask"):
                     value = jax.device_put(np.repeat(value[None], most, axis=0), split)
@@ -282,41 +279,9 @@ class Pipeline:
         return compiled
 
 
-def _listed(prompt: str | Sequence[str]) -> list[str]:
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts:
-        raise UserError("no prompts to draw")
-    return prompts
-
-
-def _repeated(prompts: list[str], count: int) -> list[str]:
-    if count < 1:
-        raise UserError(f"num_images must be at least 1, got {count}")
-    return [prompt for prompt in prompts for _ in range(count)]
-
-
-def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    if isinstance(seed, int | np.integer):
-        seeds = [int(seed) + i for i in range(count)]
-    else:
-        seeds = [int(s) for s in seed]
-    if len(seeds) != count:
-        raise UserError(f"{len(seeds)} seeds for {count} images")
-    if not all(0 <= s <= MAX_SEED for s in seeds):
-        raise UserError(f"seeds must be in 0..{MAX_SEED}, got {min(seeds)}..{max(seeds)}")
-    return seeds
-
-
-def _variation_seeds(seed: int, count: int) -> np.ndarray:
-    if not 0 <= seed <= MAX_SEED:
-        raise UserError(f"variation_seed must be in 0..{MAX_SEED}, got {seed}")
-    return ((seed + np.arange(count)) % (MAX_SEED + 1)).astype(np.uint32)
-
-
-def _noise(latents: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if np.shape(latents) not in (shape, (1, *shape[1:])):
-        raise UserError(f"latents must be {list(shape)}, got {np.shape(latents)}")
-    return np.broadcast_to(np.asarray(latents, np.float32), shape)
+def _rows(arrays: Any, members: np.ndarray) -> Any:
+    """Some rows of a tree of arrays."""
+    return jax.tree.map(lambda array: array[members], arrays)
 
 
 def load(
@@ -334,7 +299,7 @@ def load(
       path: a workdir of `train`, a folder of diffusers (Stable Diffusion 1.x and 2.x, LDM), or a
         single file of CompVis' layout (.safetensors or .ckpt).
       dtype: of parameters and computation, `float32` or `bfloat16`.
-      tokenizer: folder of CLIP's tokenizer, for single files, which hold none.
+      tokenizer: folder of the tokenizer, for single files that were not written here.
       ema: the moving average of the weights where a file holds both.
       num_heads: of the UNet's attention, for single files, which do not say; see
         `weights.unet_compvis`.

@@ -1,4 +1,4 @@
-r"""Draws images from prompts with a trained model.
+r"""Draws images with a trained model: from prompts, or labels, or neither.
 
   python -m latent_diffusion_jax.sample --workdir=runs/digits --prompt="a handwritten seven" \
       --num_images=16 --out=grid.png
@@ -29,12 +29,11 @@ GRID_COLUMNS = 4
 
 
 def read_prompts(prompt: str | None, prompts_file: str | None) -> list[str]:
-    """The prompt of a flag or the lines of a file; exactly one of both must be given."""
-    if (prompt is None) == (prompts_file is None):
+    """The prompt of a flag or the lines of a file; [""] where there are neither."""
+    if prompt is not None and prompts_file is not None:
         raise UserError("give either --prompt or --prompts_file")
-    if prompt is not None:
-        return [prompt]
-    assert prompts_file is not None
+    if prompts_file is None:
+        return [prompt or ""]
     try:
         lines = pathlib.Path(prompts_file).expanduser().read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -46,11 +45,18 @@ def read_prompts(prompt: str | None, prompts_file: str | None) -> list[str]:
 
 
 def write_folder(
-    folder: pathlib.Path, drawn: np.ndarray, prompts: list[str], seeds: list[int]
+    folder: pathlib.Path, drawn: np.ndarray, texts: list[str], seeds: list[int]
 ) -> None:
-    """One PNG an image and a metadata.jsonl, the layout that `data.name` reads."""
+    """One PNG an image and a metadata.jsonl, the layout that `data.name` reads.
+
+    Args:
+      folder: to write to.
+      drawn: uint8 [N, H, W, C].
+      texts: prompts, or labels, N.
+      seeds: N.
+    """
     rows = []
-    for i, (image, prompt, seed) in enumerate(zip(drawn, prompts, seeds, strict=True)):
+    for i, (image, prompt, seed) in enumerate(zip(drawn, texts, seeds, strict=True)):
         name = f"{i:05d}.png"
         images.save_png(folder / name, image)
         rows.append(json.dumps({"file_name": name, "text": prompt, "seed": seed}) + "\n")
@@ -67,11 +73,12 @@ def define_flags() -> None:
     flags.DEFINE_string("tokenizer", None, "Folder of the tokenizer, for single files.")
     loading.define_flags()
     flags.DEFINE_string("prompt", None, "What to draw.")
+    flags.DEFINE_list("label", None, "Classes to draw, by number or name, with a comma between.")
     flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
     flags.DEFINE_string(
         "prompts_file", None, "File with a prompt on each line, instead of --prompt."
     )
-    flags.DEFINE_integer("num_images", 1, "Images for each prompt.", lower_bound=1)
+    flags.DEFINE_integer("num_images", 1, "Images for each prompt or label.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of the first image; the next ones count up from it.")
     flags.DEFINE_integer("steps", None, "Sampling steps; default from the config.", lower_bound=1)
     flags.DEFINE_float("guidance_scale", None, "1 is no guidance; default from the config.")
@@ -112,10 +119,14 @@ def main() -> None:
         num_heads=FLAGS.num_heads,
         prediction_type=FLAGS.prediction_type,
     )
-    prompts = [prompt for prompt in prompts for _ in range(FLAGS.num_images)]
-    seeds = [FLAGS.seed + i for i in range(len(prompts))]
+    if pipe.tokenizer is not None and FLAGS.prompt is None and FLAGS.prompts_file is None:
+        raise UserError("give --prompt or --prompts_file: this model draws what they say")
+    texts = [text for text in FLAGS.label or prompts for _ in range(FLAGS.num_images)]
+    seeds = [FLAGS.seed + i for i in range(len(texts))]
     drawn = pipe(
-        prompts,
+        "" if FLAGS.label else prompts,
+        label=FLAGS.label,
+        num_images=FLAGS.num_images,
         negative_prompt=FLAGS.negative_prompt,
         seed=seeds,
         steps=FLAGS.steps,
@@ -132,7 +143,7 @@ def main() -> None:
         batch_size=FLAGS.batch_size,
     )
     if to_folder:
-        write_folder(out, drawn, prompts, seeds)
+        write_folder(out, drawn, texts, seeds)
     else:
         images.save_png(out, images.grid(drawn, GRID_COLUMNS))
     print(f"{len(drawn)} image(s) -> {out}")

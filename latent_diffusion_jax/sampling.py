@@ -15,7 +15,7 @@ from latent_diffusion_jax.diffusion.guidance import classifier_free, unguided
 from latent_diffusion_jax.diffusion.plan import Plan
 from latent_diffusion_jax.diffusion.samplers import SAMPLERS, plan_sampler
 from latent_diffusion_jax.diffusion.schedules import NoiseSchedule
-from latent_diffusion_jax.ldm import LatentDiffusion, Params
+from latent_diffusion_jax.ldm import Inputs, LatentDiffusion, Params
 from latent_diffusion_jax.runtime.randomness import normal_per_key
 
 
@@ -30,6 +30,7 @@ class Settings:
       guidance_rescale: see `guidance.classifier_free`.
       guidance_interval: (low, high) in [0, 1] of T, outside of which there is no guidance.
       eta: noise of DDIM, 0 for none.
+      epsilon_of_clipped: of DDIM with `clip`, see `solvers.ddim`.
       variance: of DDPM's noise, one of `VARIANCES`.
       spacing, offset: see `noise_levels.spaced_timesteps`; "" for the sampler's own.
       sigmas, final: see `noise_levels.noise_levels`; `final` is for samplers with `early_end`.
@@ -42,6 +43,7 @@ class Settings:
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     eta: float = 0.0
+    epsilon_of_clipped: bool = True
     variance: str = "posterior"
     spacing: str = "trailing"
     offset: int = 0
@@ -109,10 +111,9 @@ class Request:
 
     Attributes:
       seeds: uint32 [B]; row i of the images depends on row i of all of these alone.
-      tokens: of the prompts [B, K, L], K chunks; None for an unconditional model.
-      weights: of the tokens [B, K, L], 1 where a prompt says nothing else.
-      null_tokens, null_weights: of what guidance leads away from: the empty prompt, or a negative
-        one; None for the model without guidance, at half the cost.
+      inputs: of the condition, see `LatentDiffusion.condition`; empty for an unconditional model.
+      null_inputs: of what guidance leads away from: the empty prompt, or a negative one, or the
+        label for "no label"; None for the model without guidance, at half the cost.
       variation_seeds: of other noise that the start is turned towards.
       variation_strength: [], 0 .. 1, how far.
       noise: to start from [B, h, w, c], in place of what the seeds give.
@@ -121,10 +122,8 @@ class Request:
     """
 
     seeds: jax.Array
-    tokens: jax.Array | None = None
-    weights: jax.Array | None = None
-    null_tokens: jax.Array | None = None
-    null_weights: jax.Array | None = None
+    inputs: Inputs = dataclasses.field(default_factory=dict)
+    null_inputs: Inputs | None = None
     variation_seeds: jax.Array | None = None
     variation_strength: jax.Array | None = None
     noise: jax.Array | None = None
@@ -178,21 +177,17 @@ def make_draw(
                 def constrain(z: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
                     return mask * z + (1.0 - mask) * (alpha * known + sigma * noise)
 
-        def condition(tokens: jax.Array | None, weights: jax.Array | None) -> Cond:
-            cond = Cond()
-            if tokens is not None:
-                assert weights is not None
-                cond = ldm.condition_chunks(params, tokens, weights)
-            return dataclasses.replace(cond, concat=concat)
+        def condition(inputs: Inputs) -> Cond:
+            return dataclasses.replace(ldm.condition(params, inputs), concat=concat)
 
         def network(z_t: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
             return ldm.predict(params, z_t, t, cond)
 
-        cond = condition(request.tokens, request.weights)
-        if request.null_tokens is None:
+        cond = condition(request.inputs)
+        if request.null_inputs is None:
             predict = unguided(network, cond)
         else:
-            null = condition(request.null_tokens, request.null_weights)
+            null = condition(request.null_inputs)
             predict = classifier_free(network, cond, null, plan.guidance_rescale, shape[-1])
         z_0, shown = plans.sample(
             predict, z, plan, step_keys, constrain=constrain, num_previews=num_previews

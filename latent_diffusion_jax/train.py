@@ -9,31 +9,26 @@ Ctrl-C or SIGTERM finishes the step, saves, says how to go on and exits with 130
 """
 
 import dataclasses
-import functools
 import json
-import math
 import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
-import tokenizers
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from latent_diffusion_jax import build, first_stages
-from latent_diffusion_jax.conditioning import tokenizers as captions
+from latent_diffusion_jax import build, conditions, first_stages, starting_points
 from latent_diffusion_jax.config_checks import check_config
 from latent_diffusion_jax.data.latents import LatentSource
 from latent_diffusion_jax.data.pipeline import Examples
-from latent_diffusion_jax.data.sources import Source
 from latent_diffusion_jax.first_stages import FirstStage
+from latent_diffusion_jax.loaded_model import Model
 from latent_diffusion_jax.runtime import checkpoints, loggers, sharding, trees
 from latent_diffusion_jax.runtime.commands import StopRequest, differences, run
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
-from latent_diffusion_jax.runtime.images import to_float
+from latent_diffusion_jax.runtime.memory import keep_freed_memory, without_accelerators
 from latent_diffusion_jax.training import autoencoder_stage, loop
 from latent_diffusion_jax.training.state import Stage, State
 
@@ -55,6 +50,8 @@ FREE_KEYS = (
     "data.data_dir",
     "data.check_images",
     "data.latents",
+    "clip.path",  # its copy in the workdir is used
+    "init_from",  # it has started
 )
 
 
@@ -73,41 +70,38 @@ def train(
     with as_user_error("the config does not fit the networks"):
         check_config(config)
     mesh = sharding.make_mesh(dict(config.mesh))
-    first = config.first_stage
-    sharding.check_batch_size(
-        first.batch_size // first.accumulation,
-        mesh,
-        "first_stage.batch_size / first_stage.accumulation"
-        if first.accumulation > 1
-        else "first_stage.batch_size",
-    )
-    if "diffusion" in config.stages:
-        sharding.check_batch_size(config.batch_size, mesh, "batch_size")
+    check_batch_sizes(config, mesh)
     as_json = json.loads(config.to_json())
     check_workdir(as_json, workdir)
-    num_steps = {"first_stage": config.first_stage.num_steps, "diffusion": config.get("num_steps")}
+    sections = {"first_stage": config.get("first_stage"), "diffusion": config}
     last = {name: checkpoints.latest_step(workdir / name) or 0 for name in config.stages}
-    unfinished = [name for name in config.stages if last[name] < num_steps[name]]
+    unfinished = [name for name in config.stages if last[name] < sections[name].num_steps]
     for name in config.stages:
         if name not in unfinished:
             logging.info("%s: complete at step %d, nothing to do", name, last[name])
     if not unfinished:
         return True
-    start = starting_point(config, workdir, unfinished, mesh)
+    start = starting_points.autoencoder(config, workdir, unfinished, mesh)
     sources = open_sources(config, unfinished, start)
 
     # All stages are built, as shapes, before the first one is trained.
     stages: dict[str, Stage] = {}
-    perceptual, tokenizer = None, None
+    perceptual, parts, model = None, None, None
     with as_user_error("the config's parts do not fit together"):
         if "first_stage" in unfinished:
             perceptual = build.perceptual_params(config)
             stages["first_stage"] = build.first_stage(config)
         if "diffusion" in unfinished:
-            tokenizer = open_tokenizer(config, workdir, sources["diffusion"][0].records)
-            stages["diffusion"] = build.second_stage(config, tokenizer)
+            model = starting_points.model(config, workdir)
+            source = sources["diffusion"][0].records
+            parts = conditions.make(config, workdir, source, model.tokenizer if model else None)
+            stages["diffusion"] = build.second_stage(
+                config, parts.network(config), parts.host_half(config)
+            )
         root = jax.random.key(0)
         shapes = {name: jax.eval_shape(stage.init, root) for name, stage in stages.items()}
+    if model is not None:
+        starting_points.check_fits(shapes["diffusion"].params, model, config.init_from)
 
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -140,15 +134,26 @@ def train(
         if name == "first_stage":
             finished = train_first_stage(shared, config, stages[name], perceptual, start)
         else:
-            assert tokenizer is not None
+            assert parts is not None
             train_source, test_source = sources[name]
             shared = dataclasses.replace(shared, train_source=train_source, test_source=test_source)
-            finished = train_diffusion(shared, config, stages[name], tokenizer)
+            finished = train_diffusion(shared, config, stages[name], parts, model)
         if not finished:
             return False
     logging.info("done: checkpoints and config in %s, scalars in metrics.jsonl there,", workdir)
     logging.info("scalars and pictures: tensorboard --logdir=%s/tensorboard", workdir)
     return True
+
+
+def check_batch_sizes(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError where the mesh does not divide a stage's batch."""
+    if "first_stage" in config.stages:
+        first, key = config.first_stage, "first_stage.batch_size"
+        if first.accumulation > 1:
+            key += " / first_stage.accumulation"
+        sharding.check_batch_size(first.batch_size // first.accumulation, mesh, key)
+    if "diffusion" in config.stages:
+        sharding.check_batch_size(config.batch_size, mesh, "batch_size")
 
 
 def check_workdir(config: dict[str, Any], workdir: pathlib.Path) -> None:
@@ -183,30 +188,10 @@ def log_summary(shared: loop.Run, config: ConfigDict, shapes: dict[str, State]) 
         *(len(shared.train_source), len(shared.test_source)),
         len(shared.train_source.damaged) + len(shared.test_source.damaged),
     )
-    batch = {"first_stage": config.first_stage.batch_size, "diffusion": config.get("batch_size")}
     for name, state in shapes.items():
+        batch = (config.first_stage if name == "first_stage" else config).batch_size
         counts = ", ".join(f"{key} {trees.count(part):,}" for key, part in state.params.items())
-        logging.info("%s: batch %d; parameters: %s", name, batch[name], counts)
-
-
-def starting_point(
-    config: ConfigDict, workdir: pathlib.Path, unfinished: list[str], mesh: jax.sharding.Mesh
-) -> FirstStage | None:
-    """The autoencoder of `first_stage.init_from` where this call needs it.
-
-    Raises:
-      UserError: it is another network than the config's, or there is none where one is needed.
-    """
-    started = checkpoints.latest_step(workdir / "first_stage") is not None
-    if started or not config.first_stage.init_from:
-        if "first_stage" not in unfinished:
-            first_stages.complete_step(config, workdir)
-        return None
-    path = pathlib.Path(config.first_stage.init_from).expanduser()
-    found = first_stages.open_first_stage(path, mesh)
-    first_stages.check_same_network(config, found, path)
-    logging.info("first_stage: starts from %s", path)
-    return found
+        logging.info("%s: batch %d; parameters: %s", name, batch, counts)
 
 
 def open_sources(
@@ -217,7 +202,7 @@ def open_sources(
     Args:
       config: of the run.
       unfinished: those stages.
-      start: what `starting_point` gave.
+      start: what `starting_points.autoencoder` gave.
 
     Raises:
       UserError: they cannot be read, or `data.latents` cannot be this run's first stage's.
@@ -239,41 +224,12 @@ def open_sources(
     return sources | (dict.fromkeys(missing, build.data_sources(config)) if missing else {})
 
 
-def measure_scale(shared: loop.Run, config: ConfigDict, network: Any, params: Any) -> float:
-    """1 / standard deviation of the latents over training images (LDM, appendix G).
-
-    They may be encoded already: then `shared.train_source` gives moments.
-    """
-    section = config.first_stage
-    prepare = build.example_maker(config, None)
-
-    @functools.partial(jax.jit, out_shardings=sharding.replicated(shared.mesh))
-    def moments(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        """Mean and mean square of each image's latents, [B]."""
-        if "moments" in batch:
-            z = network.posterior.from_moments(batch["moments"]).mean
-        else:
-            z = network.apply({"params": params}, to_float(batch["image"]), method="encode").mean
-        return z.mean((1, 2, 3)), (z**2).mean((1, 2, 3))
-
-    totals, count = np.zeros(2), 0
-    for batch, valid in loop.in_order(
-        shared.train_source, prepare, shared.mesh, section.batch_size, section.scale_examples
-    ):
-        found = moments(params, batch)
-        totals += [np.asarray(x, np.float64)[:valid].sum() for x in found]
-        count += valid
-    mean, mean_square = totals / count
-    std = math.sqrt(mean_square - mean**2)
-    logging.info("first_stage: latents' std %.4g, so scale factor %.4g", std, 1 / std)
-    return 1 / std
-
-
 def adopt_first_stage(shared: loop.Run, config: ConfigDict, start: FirstStage) -> None:
     """Puts a first stage from elsewhere into the workdir, with the scale of its latents."""
     scale = start.scale_factor
     if scale is None:
-        scale = measure_scale(shared, config, start.network, start.params)
+        source, mesh = shared.train_source, shared.mesh
+        scale = first_stages.measure_scale(config, source, mesh, start.network, start.params)
     first_stages.adopt(config, shared.workdir, start.params, scale)
 
 
@@ -282,7 +238,7 @@ def train_first_stage(
 ) -> bool:
     """Trains the autoencoder, then measures the scale of its latents.
 
-    `perceptual` is what `build.perceptual_params` gave, `start` what `starting_point` gave.
+    `perceptual` is what `build.perceptual_params` gave, `start` is where it starts from.
     """
     section, network = config.first_stage, build.autoencoder(config)
 
@@ -293,13 +249,16 @@ def train_first_stage(
         if start is not None and section.trained == "decoder" and start.scale_factor is not None:
             return {"scale_factor": start.scale_factor}  # the latents are the same
         params = (state.ema or state.params)["autoencoder"]
-        return {"scale_factor": measure_scale(shared, config, network, params)}
+        scale = first_stages.measure_scale(
+            config, shared.train_source, shared.mesh, network, params
+        )
+        return {"scale_factor": scale}
 
     return loop.train_stage(
         shared,
         "first_stage",
         stage,
-        build.example_maker(config, None),
+        build.example_maker(config),
         batch_size=section.batch_size,
         num_steps=section.num_steps,
         frozen=jax.device_put(perceptual, sharding.replicated(shared.mesh)),
@@ -309,43 +268,56 @@ def train_first_stage(
 
 
 def train_diffusion(
-    shared: loop.Run, config: ConfigDict, stage: Stage, tokenizer: tokenizers.Tokenizer
+    shared: loop.Run,
+    config: ConfigDict,
+    stage: Stage,
+    parts: conditions.Parts,
+    model: Model | None,
 ) -> bool:
-    """Trains the UNet and the text encoder on the first stage's latents.
+    """Trains the UNet, and the conditioner where that is not frozen.
 
-    Where `data.latents` has them encoded, the encoder's parameters are not kept in memory.
+    Where `data.latents` has the images encoded, the encoder's parameters are not kept in memory.
+
+    Args:
+      shared: what all stages share.
+      config: of the run.
+      stage: what `build.second_stage` gave.
+      parts: of the condition.
+      model: what `starting_points.model` gave.
     """
-    frozen = first_stages.load_frozen(config, shared.workdir, shared.mesh)
+    frozen: dict[str, Any] = {}
+    if "first_stage" in config:
+        frozen = first_stages.load_frozen(config, shared.workdir, shared.mesh)
     if isinstance(shared.train_source, LatentSource):
         index = shared.train_source.index
         first_stages.check_encoded_by(frozen["autoencoder"], index, config.data.latents)
         decoder = frozen["autoencoder"].items()
         frozen["autoencoder"] = {k: v for k, v in decoder if k not in first_stages.ENCODER}
+    if parts.clip is not None:
+        if jax.process_index() == 0:
+            conditions.adopt_clip(shared.workdir, parts)
+        shardings = sharding.state_sharding(parts.clip.params, shared.mesh)
+        frozen["conditioner"] = jax.device_put(parts.clip.params, shardings)
+
+    def at_start(state: State) -> State:
+        if model is None:
+            return state
+        given = {name: model.params[name] for name in state.params}
+        params = jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), given, state.params)
+        average = jax.tree.map(jax.numpy.copy, params)
+        return State(state.step, params, average, state.opt, state.frozen)
+
     return loop.train_stage(
         shared,
         "diffusion",
         stage,
-        build.example_maker(config, tokenizer),
+        build.example_maker(config, parts.host_half(config)),
         batch_size=config.batch_size,
         num_steps=config.num_steps,
         frozen=frozen,
-        tokenizer=json.loads(tokenizer.to_str()),
+        kept=parts.items(),
+        at_start=at_start,
     )
-
-
-def open_tokenizer(
-    config: ConfigDict, workdir: pathlib.Path, source: Source
-) -> tokenizers.Tokenizer:
-    """The tokenizer of the run's last checkpoint, or a new one trained on the captions."""
-    directory = workdir / "diffusion"
-    step = checkpoints.latest_step(directory)
-    if step is not None:
-        return captions.load(json.dumps(checkpoints.read_json(directory, step, "tokenizer")))
-    section = config.tokenizer
-    texts = (c for i in range(min(len(source), section.num_examples)) for c in source.captions(i))
-    tokenizer = captions.train(texts, section.vocab_size, section.max_length)
-    logging.info("diffusion: tokenizer of %d tokens, from the captions", tokenizer.get_vocab_size())
-    return tokenizer
 
 
 def define_flags() -> None:
@@ -355,6 +327,8 @@ def define_flags() -> None:
 
 
 def main() -> None:
+    if without_accelerators():
+        keep_freed_memory()
     loggers.set_up_logging()
     with StopRequest() as stop:
         train(FLAGS.config, FLAGS.workdir, stop)

@@ -11,9 +11,11 @@ from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build, config_checks
 from latent_diffusion_jax.conditioning import tokenizers
+from latent_diffusion_jax.conditions import Parts
 from latent_diffusion_jax.runtime import trees
 from latent_diffusion_jax.runtime.commands import flatten
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.weights.text_encoders import Loaded
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 MODULES = {path.stem: importlib.import_module(f"configs.{path.stem}")
@@ -23,13 +25,46 @@ VARIANTS = [(name, variant) for name, module in MODULES.items() for variant in m
 every_variant = pytest.mark.parametrize(("name", "variant"), VARIANTS)
 
 
+# Fields of the text encoders of Stable Diffusion 1 and 2.
+CLIP = {
+    768: dict(vocab_size=49_408, width=768, depth=12, num_heads=12),
+    1024: dict(vocab_size=49_408, width=1_024, depth=24, num_heads=16, output_layer=-2),
+}
+LABELS = 1_000
+
+
+def parts_of(config: ConfigDict) -> Parts:
+    """What a run of the config would find for its condition."""
+    names = [str(i) for i in range(LABELS)] if config.conditioning == "class" else []
+    if config.conditioning not in ("text", "clip"):
+        return Parts(label_names=names)
+    clip = None
+    size, length = 512, 77
+    if config.conditioning == "text":
+        size, length = config.tokenizer.vocab_size, config.tokenizer.max_length
+    else:
+        clip = Loaded(CLIP[1024 if config.unet.head_dim else 768], None)
+    trained = tokenizers.train(["a dog", "two cats"], size, length)
+    return Parts(tokenizers.prompt_tokenizer(trained), clip=clip)
+
+
+def checked(config: ConfigDict) -> ConfigDict:
+    """The config with what its user has to give."""
+    if config.get("conditioning") == "clip":
+        config.clip.path = "checkpoint"
+    config_checks.check_config(config)
+    return config
+
+
 def shapes_of(config: ConfigDict) -> dict:
     """Shapes of the parameters of the config's stages."""
-    params = jax.eval_shape(build.first_stage(config).init, jax.random.key(0)).params
+    params = {}
+    if "first_stage" in config:
+        params = jax.eval_shape(build.first_stage(config).init, jax.random.key(0)).params
     if "diffusion" in config.stages:
-        section = config.tokenizer
-        tokenizer = tokenizers.train(["a dog", "two cats"], section.vocab_size, section.max_length)
-        second = jax.eval_shape(build.second_stage(config, tokenizer).init, jax.random.key(0))
+        parts = parts_of(config)
+        stage = build.second_stage(config, parts.network(config), parts.host_half(config))
+        second = jax.eval_shape(stage.init, jax.random.key(0))
         assert jax.tree.structure(second.ema) == jax.tree.structure(second.params)
         params = params | second.params
     return params
@@ -49,7 +84,7 @@ def test_there_are_configs():
 
 @every_variant
 def test_variant_is_valid(name, variant):
-    config_checks.check_config(MODULES[name].get_config(variant))
+    checked(MODULES[name].get_config(variant))
 
 
 @every_variant
@@ -60,11 +95,14 @@ def test_variant_is_explained_at_the_head_of_its_file(name, variant):
 
 @every_variant
 def test_all_stages_build(parameters, name, variant):
-    expected = {"autoencoder"}
-    if (name, variant) != ("decoder_finetune", "ft_mse"):  # the one without an adversary
-        expected |= {"discriminator"}
-    if name == "txt2img":
-        expected |= {"unet", "conditioner"}
+    expected = set() if name == "pixel" else {"autoencoder"}
+    if name != "pixel" and (name, variant) != ("decoder_finetune", "ft_mse"):
+        expected |= {"discriminator"}  # all but the one without an adversary
+    if name in ("txt2img", "unconditional", "class_cond", "pixel", "stable_diffusion"):
+        expected |= {"unet"}
+    labels = name == "pixel" and variant not in ("ddpm", "celebahq")
+    if name in ("txt2img", "class_cond") or labels:
+        expected |= {"conditioner"}
     assert parameters[name, variant].keys() == expected
 
 
@@ -73,9 +111,9 @@ def test_config_from_json_builds_the_same(parameters, name, variant):
     # Checkpoints keep the config as JSON, which has lists and no tuples.
     config = MODULES[name].get_config(variant)
     copy = ConfigDict(json.loads(config.to_json()))
-    config_checks.check_config(copy)
+    checked(copy)
     assert flatten(copy).keys() == flatten(config).keys()
-    if variant != "paper":  # the same code, in a fraction of the time
+    if name in ("txt2img", "class_cond", "pixel") and variant == "smoke":  # all others alike
         assert shapes_of(copy) == parameters[name, variant]
 
 
@@ -83,11 +121,12 @@ def test_config_from_json_builds_the_same(parameters, name, variant):
 def test_configs_are_independent(name, variant):
     config, other = (MODULES[name].get_config(variant) for _ in range(2))
     before = flatten(other)
-    rate = config.first_stage.discriminator_optimizer.learning_rate
-    config.first_stage.optimizer.learning_rate = 123.0
     config.data.name = "something else"
+    if "first_stage" in config:
+        rate = config.first_stage.discriminator_optimizer.learning_rate
+        config.first_stage.optimizer.learning_rate = 123.0
+        assert config.first_stage.discriminator_optimizer.learning_rate == rate
     assert flatten(other) == before
-    assert config.first_stage.discriminator_optimizer.learning_rate == rate
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -107,6 +146,31 @@ def test_paper_has_the_papers_size(parameters):
               for key, value in parameters["txt2img", "paper"].items()}  # fmt: skip
     assert counts["unet"] == pytest.approx(872.30, rel=1e-4)
     assert counts["autoencoder"] == pytest.approx(83.65, rel=1e-3)
+
+
+# Millions of parameters of the published UNets (CompVis' and Stability's code; DDPM, appendix B;
+# LDM, tables 13 and 14).
+PUBLISHED = {
+    ("unconditional", "celebahq"): (274.06, 1e-4),
+    ("unconditional", "ffhq"): (274.06, 1e-4),
+    ("unconditional", "lsun_bedrooms"): (274.06, 1e-4),
+    ("unconditional", "lsun_churches"): (294.97, 1e-4),
+    ("class_cond", "imagenet"): (400.92, 1e-4),
+    ("class_cond", "imagenet_f8"): (394.98, 1e-4),
+    ("stable_diffusion", "v1"): (859.52, 1e-4),
+    ("stable_diffusion", "v2"): (865.91, 1e-4),
+    ("stable_diffusion", "v2_base"): (865.91, 1e-4),
+    ("pixel", "ddpm"): (35.7, 2e-2),
+    ("pixel", "celebahq"): (270, 2e-2),
+    ("pixel", "imagenet"): (396, 2e-2),
+}
+
+
+@pytest.mark.parametrize(("name", "variant"), PUBLISHED)
+def test_unets_have_the_published_sizes(parameters, name, variant):
+    wanted, tolerance = PUBLISHED[name, variant]
+    count = trees.count(parameters[name, variant]["unet"]) / 1e6
+    assert count == pytest.approx(wanted, rel=tolerance)
 
 
 def test_papers_text_encoder():
@@ -250,6 +314,12 @@ def test_a_single_stage(stages):
         ("sample.steps", 1001),
         ("sample.batch_size", 0),
         ("sample.prompts", ()),
+        ("conditioning", "class"),
+        ("conditioning", "clip"),
+        ("conditioning", "poetry"),
+        ("unet.attention", "self"),
+        ("unet.attention", "none"),
+        ("sample.clip", -1.0),
         ("optimizer.betas", (0.9,)),
         ("tokenizer.max_length", 1),
         ("first_stage.scale_examples", 0),

@@ -67,7 +67,7 @@ def test_records_are_the_encoders_moments(latents_dir, smoke_config, first_stage
         found = LatentSource(latents_dir, split)
         assert len(found) == len(source) and found.label_names == list(source.records.label_names)
         rows = [0, 1, 64, len(source) - 1]
-        prepare = build.example_maker(smoke_config, None)
+        prepare = build.example_maker(smoke_config)
         images = np.stack([prepare(source[i], None)["image"] for i in rows])
         posterior = first_stage.network.apply(
             {"params": first_stage.params}, to_float(images), method="encode"

@@ -9,6 +9,7 @@ import pytest
 
 import latent_diffusion_jax
 from latent_diffusion_jax import export, loading
+from latent_diffusion_jax.loaded_model import with_settings
 from latent_diffusion_jax.runtime.errors import UserError
 from tests.stable_diffusion_files import make_pipeline
 
@@ -43,7 +44,7 @@ def test_the_exported_program_draws_the_same(dtype, tmp_path):
     options = dict(prompt="a red circle", negative_prompt="blue", height=32, width=48,
                    batch_size=2, max_chunks=1)  # fmt: skip
     out = tmp_path / "out"
-    export.export(loading.with_settings(model, steps=4), out, **options)
+    export.export(with_settings(model, steps=4), out, **options)
     pipe = latent_diffusion_jax.load(tmp_path / "in", dtype=dtype)
     size = dict(height=32, width=48, num_images=2, seed=7)
     ours = pipe("a red circle", negative_prompt="blue", steps=4, **size)
@@ -54,7 +55,7 @@ def test_the_exported_program_draws_the_same(dtype, tmp_path):
 
     # Another prompt, sampler and number of steps: other inputs of the same program.
     program = (out / export.PROGRAM).read_bytes()
-    changed = loading.with_settings(model, steps=6, sampler="dpm++_2m", guidance_scale=3.0)
+    changed = with_settings(model, steps=6, sampler="dpm++_2m", guidance_scale=3.0)
     export.export(changed, out, **options | {"prompt": "a blue star"}, inputs_only=True)
     assert (out / export.PROGRAM).read_bytes() == program
     if dtype == "float32":
@@ -63,7 +64,7 @@ def test_the_exported_program_draws_the_same(dtype, tmp_path):
         found = draw(out, 7, tmp_path / "b.npy")
         assert np.abs(found.astype(int) - ours).max() <= 1
         with pytest.raises(UserError, match="these inputs have other shapes than the program"):
-            without = loading.with_settings(model, guidance_scale=1.0)
+            without = with_settings(model, guidance_scale=1.0)
             export.export(without, out, **options, inputs_only=True)
 
 

@@ -91,7 +91,7 @@ def test_the_scale_is_measured_where_a_file_does_not_say(smoke_config, tmp_path)
     config.first_stage.init_from = str(file)
     assert train(config, tmp_path / "run")
     found = first_stages.open_first_stage(tmp_path / "run")
-    source, prepare = build.data_sources(config)[0], build.example_maker(config, None)
+    source, prepare = build.data_sources(config)[0], build.example_maker(config)
     images = to_float(np.stack([prepare(source[i], None)["image"] for i in range(32)]))
     z = network.apply({"params": params}, images, method="encode").mean
     np.testing.assert_allclose(found.scale_factor * np.asarray(z).std(), 1.0, rtol=1e-4)

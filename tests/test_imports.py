@@ -20,9 +20,12 @@ LAYERS = (
     ("sampling",),
     ("training",),
     ("build",),
-    ("first_stages", "config_checks"),
+    ("first_stages", "conditions", "config_checks"),
+    ("loaded_model",),
+    ("published",),
     ("loading",),
-    ("pipelines", "saving", "autoencoding"),
+    ("draw_requests",),
+    ("pipelines", "saving", "autoencoding", "starting_points"),
     ("train", "sample", "evaluate", "convert", "encode", "reconstruct", "export", "exported_draw"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

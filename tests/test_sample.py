@@ -154,7 +154,6 @@ def test_command_draws_a_folder_that_data_can_be_read_from(trained_workdir, pipe
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "give either --prompt or --prompts_file"),
         (("--prompt=a", "--prompts_file=b"), "give either --prompt or --prompts_file"),
         (("--prompts_file=none.txt",), "cannot read prompts file none.txt"),
         (("--prompt=a", "--out=grid.jpg"), "--out=grid.jpg must be a .png file"),

@@ -1,9 +1,12 @@
 """Whole models out of the package and back: diffusers' pipelines draw the same pictures."""
 
+import json
+
 import diffusers
 import jax
 import numpy as np
 import pytest
+import safetensors
 import torch
 from safetensors.numpy import load_file, save_file
 
@@ -12,6 +15,7 @@ from configs import txt2img
 from latent_diffusion_jax import build, loading, saving
 from latent_diffusion_jax.conditioning import tokenizers
 from latent_diffusion_jax.convert import convert
+from latent_diffusion_jax.loaded_model import Model
 from latent_diffusion_jax.pipelines import Pipeline
 from latent_diffusion_jax.runtime.errors import UserError
 from tests.stable_diffusion_files import make_pipeline
@@ -57,12 +61,48 @@ def test_stable_diffusion_to_diffusers_and_back(version, prediction_type, tmp_pa
 
 @pytest.fixture(scope="module")
 def single_file(tmp_path_factory):
-    """A folder of diffusers, and the same model in one file."""
+    """A folder of diffusers, and the same model in one file, without notes in its metadata."""
     folder = tmp_path_factory.mktemp("single")
     make_pipeline(folder / "in", groups=32, width=64)
+    convert([str(folder / "in")], "compvis", str(folder / "noted.safetensors"), part="model")
     file = folder / "model.safetensors"
-    convert([str(folder / "in")], "compvis", str(file), part="model")
+    save_file(load_file(folder / "noted.safetensors"), file)
     return folder / "in", file
+
+
+def test_single_files_written_here_need_no_arguments(single_file):
+    folder, file = single_file
+    original = loading.load_model(folder)
+    found = loading.load_model(file.parent / "noted.safetensors")
+    assert found.settings == original.settings
+    assert found.ldm == original.ldm
+    assert found.tokenizer.files == original.tokenizer.files
+    ours, theirs = (jax.tree.leaves(model.params) for model in (found, original))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prediction_type": 3}, "is damaged, or of another version"),
+        ({"colour": "red"}, "is damaged, or of another version"),
+        ({"tokenizer": {"vocab.json": 1}}, "is damaged, or of another version"),
+        ({"settings": {"speed": 1}}, "of another version: it has the setting 'speed'"),
+        ({"num_heads": 3}, "num_heads=3 does not divide"),
+        ({"prediction_type": "w"}, "unknown prediction_type 'w'"),
+        ({"tokenizer": {"../evil.json": "{}"}}, r"names a file '\.\./evil\.json'"),
+    ],
+)
+def test_damaged_notes_are_refused(single_file, tmp_path, change, said):
+    _, file = single_file
+    noted = file.parent / "noted.safetensors"
+    with safetensors.safe_open(str(noted), "numpy") as found:
+        notes = json.loads(found.metadata()["latent_diffusion_jax"])
+    path = tmp_path / "changed.safetensors"
+    save_file(load_file(noted), path, {"latent_diffusion_jax": json.dumps(notes | change)})
+    with pytest.raises(UserError, match=said):
+        loading.load_model(path)
 
 
 def test_single_files_hold_the_same_model(single_file):
@@ -111,7 +151,9 @@ def test_models_that_paint_become_pipelines_that_paint(tmp_path):
 
 def test_single_files_that_lack_something_are_refused(single_file, tmp_path):
     folder, file = single_file
-    with pytest.raises(UserError, match="holds no tokenizer, as no such file does"):
+    with pytest.raises(
+        UserError, match="holds no tokenizer, as only files that were written here do"
+    ):
         latent_diffusion_jax.load(file, num_heads=2)
     tensors = load_file(file)
     lost = "model.diffusion_model.middle_block.0.in_layers.2.weight"
@@ -125,18 +167,20 @@ def test_single_files_that_lack_something_are_refused(single_file, tmp_path):
         latent_diffusion_jax.load(tmp_path / "cut.safetensors", tokenizer=folder / "tokenizer")
 
 
-def test_what_was_trained_here_becomes_a_pipeline_of_diffusers(tmp_path):
-    """The paper's model in miniature, with its prompts of 77 tokens."""
+def papers_model(channels: int, num_groups: int) -> Model:
+    """The paper's model in miniature, with its prompts of 77 tokens and random weights."""
     config = txt2img.get_config("smoke")
     config.tokenizer.max_length = 77
-    config.first_stage.autoencoder.z_channels = config.first_stage.autoencoder.embed_dim = 4
-    config.first_stage.autoencoder.channel_multipliers = (1, 1, 1, 1)  # their f is 8
-    config.unet.channels, config.unet.num_groups = 16, 4
+    network = config.first_stage.autoencoder
+    network.z_channels = network.embed_dim = 4
+    network.channel_multipliers = (1, 1, 1, 1)  # diffusers' f is 8
+    for section in (network, config.unet):
+        section.channels, section.num_groups = channels, num_groups
     words = tokenizers.train([PROMPT, NEGATIVE] * 20, 300, 77)
     tokenizer = tokenizers.prompt_tokenizer(words)
     ldm = build.latent_diffusion(config, tokenizer.vocab_size, 77)
     tokens = jax.numpy.zeros((1, 77), jax.numpy.int32)
-    latents, noise = jax.numpy.zeros((1, 4, 4, 4)), NOISE[:, :4, :4]
+    latents = jax.numpy.zeros((1, 4, 4, 4))
     context = jax.numpy.zeros((1, 77, ldm.conditioner.width))
     params = {
         "autoencoder": draw_params(ldm.autoencoder, jax.numpy.zeros((1, 32, 32, 3))),
@@ -144,7 +188,11 @@ def test_what_was_trained_here_becomes_a_pipeline_of_diffusers(tmp_path):
         "conditioner": draw_params(ldm.conditioner, tokens, seed=1),
         "unet": draw_params(ldm.unet, latents, jax.numpy.zeros(1), context, seed=2),
     }
-    model = loading.Model(ldm, params, tokenizer, build.sample_settings(config))
+    return Model(ldm, params, tokenizer, build.sample_settings(config))
+
+
+def test_what_was_trained_here_becomes_a_pipeline_of_diffusers(tmp_path):
+    model, noise = papers_model(channels=16, num_groups=4), NOISE[:, :4, :4]
     saving.save_diffusers(tmp_path / "out", model)
 
     written = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
@@ -162,5 +210,21 @@ def test_a_trained_workdir_exports(trained_workdir, tmp_path):
     assert (
         diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet").sample_size == 8
     )
-    with pytest.raises(UserError, match="all that there are have 8; this one has 2"):
+    with pytest.raises(UserError, match="num_groups"):
         convert([str(trained_workdir)], "compvis", str(tmp_path / "a.safetensors"), part="model")
+
+
+def test_what_was_trained_here_in_one_file(tmp_path):
+    model = papers_model(channels=32, num_groups=32)
+    assert model.ldm.conditioner.num_heads == 2  # not the usual 8
+    saving.save_single_file(tmp_path / "model.safetensors", model)
+    found = loading.load_model(tmp_path / "model.safetensors")
+    assert (found.ldm.conditioner, found.ldm.unet.heads) == (
+        model.ldm.conditioner,
+        model.ldm.unet.heads,
+    )
+    assert found.settings == model.settings and found.ldm.image_size == 32
+    texts = [PROMPT, NEGATIVE]
+    np.testing.assert_array_equal(found.tokenizer.encode(texts), model.tokenizer.encode(texts))
+    images = [Pipeline(m)(PROMPT, steps=2, seed=3).astype(int) for m in (found, model)]
+    assert np.abs(images[0] - images[1]).max() <= 1

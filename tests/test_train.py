@@ -75,7 +75,7 @@ def test_scale_factor_is_one_over_the_latents_deviation(trained_workdir, smoke_c
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     frozen = first_stages.load_frozen(smoke_config, trained_workdir, mesh)
     source, _ = build.data_sources(smoke_config)
-    prepare = build.example_maker(smoke_config, None)
+    prepare = build.example_maker(smoke_config)
     images = np.stack([prepare(source[i], None)["image"] for i in range(32)])
     network = build.autoencoder(smoke_config)
     z = network.apply({"params": frozen["autoencoder"]}, to_float(images), method="encode").mean

@@ -1,9 +1,17 @@
-"""Conditions: what a model is told about the image it is to make."""
+"""Conditions: what a model is told about the image it is to make.
+
+Each kind has two halves. On the host, a `Conditioning` says what of a record goes into a batch; on
+the devices, `LatentDiffusion.condition` makes a `Cond` of it, in training and sampling alike.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @flax.struct.dataclass
@@ -19,6 +27,23 @@ class Cond:
     context: jax.Array | None = None
     vector: jax.Array | None = None
     concat: jax.Array | None = None
+
+
+class Conditioning(NamedTuple):
+    """The host half of a condition: arrays by name, `tokens` or `label`; none at all without one.
+
+    Attributes:
+      prepare: (record, generator) -> one example's; without a generator, always the same.
+      null: one example's that stand for "no condition".
+      previews: those to draw at every preview, with a leading axis N.
+    """
+
+    prepare: Callable[[dict[str, Any], np.random.Generator | None], dict[str, np.ndarray]]
+    null: dict[str, np.ndarray]
+    previews: dict[str, np.ndarray]
+
+
+UNCONDITIONAL = Conditioning(lambda record, rng: {}, {}, {})
 
 
 def drop(inputs: jax.Array, null: jax.Array, keys: jax.Array, rate: float) -> jax.Array:

@@ -5,7 +5,7 @@ written for.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from absl import logging
 from latent_diffusion_jax.conditioning.tokenizers import PromptTokenizer
 from latent_diffusion_jax.runtime.errors import UserError
 
-TEXTS = ("tokens", "weights", "null_tokens", "null_weights")  # each [N, chunks, L]
+Texts = dict[str, np.ndarray]  # tokens and their weights, [N, chunks, L]
 EMPHASIS = 1.1  # of one pair of parentheses
 
 _SYMBOL = re.compile(
@@ -138,42 +138,46 @@ def tokenize_weighted(
 
 
 def guided_tokens(
-    tokenizer: PromptTokenizer | None,
+    tokenizer: PromptTokenizer,
     prompts: Sequence[str],
     negatives: Sequence[str] | None,
     max_chunks: int,
-) -> dict[str, np.ndarray]:
-    """What a program that samples takes of texts, by the names of `TEXTS`.
+) -> tuple[Texts, Texts | None]:
+    """What a program that samples takes of prompts and of negative ones.
 
     Args:
-      tokenizer: None for an unconditional model, which takes nothing.
+      tokenizer: of the text encoder.
       prompts: of N images.
       negatives: what guidance leads away from, N too; None without guidance.
       max_chunks: see `tokenize_weighted`.
 
+    Returns:
+      `tokens` and `weights` [N, chunks, L] of the prompts; the same of the negative ones, or None.
+
     Raises:
-      UserError: there is no tokenizer for the texts, or not a negative prompt for each image.
+      UserError: there is not a negative prompt for each image.
     """
     count, others = len(prompts), list(negatives or ())
-    if tokenizer is None:
-        if any(prompts) or any(others):
-            raise UserError("this model takes no prompt: it is unconditional")
-        return {}
     if negatives is not None and len(others) != count:
         raise UserError(f"{len(others)} negative prompts for {count} images")
     tokens, weights = tokenize_weighted(tokenizer, [*prompts, *others], max_chunks)
-    parts = (tokens[:count], weights[:count], tokens[count:], weights[count:])
-    return dict(zip(TEXTS, parts[: 4 if others else 2], strict=False))
+    ours = {"tokens": tokens[:count], "weights": weights[:count]}
+    return ours, {"tokens": tokens[count:], "weights": weights[count:]} if others else None
 
 
-def filled_chunks(tokenizer: PromptTokenizer, texts: Mapping[str, np.ndarray]) -> np.ndarray:
-    """How many chunks each image's prompt and negative prompt fill, at least 1: [N]."""
-    counts = np.ones(len(texts["tokens"]), int)
-    for name in ("tokens", "null_tokens"):
-        if name in texts:
-            filled = (texts[name] != tokenizer.null).any(-1)
-            counts = np.maximum(counts, (filled * np.arange(1, filled.shape[1] + 1)).max(-1))
-    return counts
+def filled_chunks(tokenizer: PromptTokenizer, *texts: Texts | None) -> np.ndarray:
+    """How many chunks each image's prompts fill together, at least 1: [N]."""
+    counts = []
+    for text in texts:
+        if text is not None:
+            filled = (text["tokens"] != tokenizer.null).any(-1)
+            counts.append((filled * np.arange(1, filled.shape[1] + 1)).max(-1))
+    return np.maximum(np.max(counts, axis=0), 1)
+
+
+def first_chunks(texts: Texts | None, count: int) -> Texts | None:
+    """Texts without the chunks after the first `count`."""
+    return texts and {name: array[:, :count] for name, array in texts.items()}
 
 
 def _pack(

@@ -1,23 +1,27 @@
 """Text conditions, the host half: captions of a record to token ids. The network half is
-`models/text_transformer.py`."""
+`models/text_transformer.py` or `models/clip_text.py`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tokenizers
 
-from latent_diffusion_jax.conditioning.tokenizers import encode
-
-
-def caption_tokens(
-    record: dict[str, Any], rng: np.random.Generator | None, tokenizer: tokenizers.Tokenizer
-) -> np.ndarray:
-    """Token ids [L] of one of a record's captions: a random one, or the first without `rng`."""
-    captions = record["captions"]
-    index = 0 if rng is None else rng.integers(len(captions))
-    return encode(tokenizer, [captions[index]])[0]
+from latent_diffusion_jax.conditioning.base import Conditioning
+from latent_diffusion_jax.conditioning.tokenizers import PromptTokenizer
 
 
-def null_tokens(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
-    """Token ids [L] of the empty caption, which stands for "no condition"."""
-    return encode(tokenizer, [""])[0]
+def caption_conditioning(tokenizer: PromptTokenizer, prompts: Sequence[str]) -> Conditioning:
+    """Inputs `tokens` [L]: of one of a record's captions; a random one, or the first.
+
+    Args:
+      tokenizer: of the text encoder.
+      prompts: to draw at previews.
+    """
+
+    def prepare(record: dict[str, Any], rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+        captions = record["captions"]
+        index = 0 if rng is None else rng.integers(len(captions))
+        return {"tokens": tokenizer.encode([captions[index]])[0]}
+
+    null = {"tokens": tokenizer.null}
+    return Conditioning(prepare, null, {"tokens": tokenizer.encode(prompts)})

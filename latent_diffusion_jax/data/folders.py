@@ -11,16 +11,16 @@ from absl import logging
 from latent_diffusion_jax.runtime.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+TRAIN, TEST = "train", ("test", "validation", "valid", "val")  # subfolders that are splits
 CAPTION_COLUMNS = ("file_name", "text")
 
 
 class FolderSource:
     """Images in a folder (subfolders too) with `metadata.jsonl` or a `.txt` beside each image.
 
-    Not `captioned`, all images are used and have the caption "".
+    Not `captioned`, all images are used and have the caption "". Their labels are then the
+    subfolders that they lie in, where there are two or more and no image lies beside them.
     """
-
-    label_names: Sequence[str] = ()
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class FolderSource:
     ):
         if split not in ("train", "test"):
             raise UserError(f"a data folder has the splits train and test, not {split!r}")
-        pairs = _split(folder, split, holdout_share, captioned)
+        root, pairs = _split(folder, split, holdout_share, captioned)
         if not pairs:
             expected = "image files"
             if captioned:
@@ -44,6 +44,10 @@ class FolderSource:
         self._template = template if captioned else "{}"
         self._paths = [path for path, _ in pairs]
         self._captions = [caption for _, caption in pairs]
+        self.label_names: Sequence[str] = () if captioned else _classes(folder)
+        self._labels = _labels(self._paths, root, self.label_names)
+        if not self._labels:
+            self.label_names = ()
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -57,7 +61,7 @@ class FolderSource:
         return {
             "image": data,
             "captions": self.captions(index),
-            "label": None,
+            "label": self._labels[index] if self._labels else None,
             "name": str(path),
         }
 
@@ -144,20 +148,54 @@ def _read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
     return pairs
 
 
+def _classes(folder: pathlib.Path) -> list[str]:
+    """Names of the subfolders that stand for classes; none where there are not two."""
+    root = folder / TRAIN if (folder / TRAIN).is_dir() else folder
+    names = sorted(path.name for path in root.iterdir() if path.is_dir())
+    names = [name for name in names if name not in TEST and not name.startswith(".")]
+    return names if len(names) > 1 else []
+
+
+def _labels(
+    paths: Sequence[pathlib.Path], root: pathlib.Path, names: Sequence[str]
+) -> list[int] | None:
+    """Label of each image, by the subfolder of `root`; None where one lies in none.
+
+    Raises:
+      UserError: a subfolder is no class of the training images.
+    """
+    numbers = {name: i for i, name in enumerate(names)}
+    parts = [path.relative_to(root).parts for path in paths]
+    if not names or any(len(part) < 2 for part in parts):
+        return None
+    unknown = sorted({part[0] for part in parts} - numbers.keys())
+    if unknown:
+        raise UserError(
+            f"{root} has the class {unknown[0]!r}, which the training images have not: "
+            f"{len(numbers)} classes, {names[0]!r} to {names[-1]!r}"
+        )
+    return [numbers[part[0]] for part in parts]
+
+
 def _split(
     folder: pathlib.Path, split: str, holdout_share: float, captioned: bool
-) -> list[tuple[pathlib.Path, list[str]]]:
-    """The images of a split: a subfolder's, or a share by file name where there is none for it."""
+) -> tuple[pathlib.Path, list[tuple[pathlib.Path, list[str]]]]:
+    """The images of a split: a subfolder's, or a share by file name where there is none for it.
+
+    Returns:
+      The folder that they lie in, and their paths with captions.
+    """
     train, test = (
         next((folder / name for name in names if (folder / name).is_dir()), None)
-        for names in (("train",), ("test", "validation", "valid", "val"))
+        for names in ((TRAIN,), TEST)
     )
     if test is not None:
         if split == "test":
-            return _captions(test, captioned)
+            return test, _captions(test, captioned)
         if train is not None:
-            return _captions(train, captioned)
-        return [pair for pair in _captions(folder, captioned) if not pair[0].is_relative_to(test)]
+            return train, _captions(train, captioned)
+        pairs = _captions(folder, captioned)
+        return folder, [pair for pair in pairs if not pair[0].is_relative_to(test)]
     root = train or folder
     pairs = _captions(root, captioned)
 
@@ -167,4 +205,4 @@ def _split(
 
     # By name, so that adding images moves none; a folder too small for its share gives its first.
     held_out = {path for path, _ in pairs if is_test(path)} or {path for path, _ in pairs[:1]}
-    return [pair for pair in pairs if (pair[0] in held_out) == (split == "test")]
+    return root, [pair for pair in pairs if (pair[0] in held_out) == (split == "test")]

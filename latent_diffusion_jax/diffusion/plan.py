@@ -32,7 +32,8 @@ class Row(NamedTuple):
       z_0    = clip(z_0_from_z z + z_0_from_prediction prediction)
       m      = memory_from_z z + memory_from_z_0 z_0
       anchor = anchor_from_z z + anchor_from_anchor anchor + sum_k anchor_from_memory[k] m_k
-      z      = z_from_z z + z_from_anchor anchor + sum_k z_from_memory[k] m_k + deviation noise
+      z      = z_from_z z + z_from_prediction prediction + z_from_anchor anchor
+               + sum_k z_from_memory[k] m_k + deviation noise
     where m_0 is m, m_1 the one before it, and so on.
 
     Attributes:
@@ -56,6 +57,7 @@ class Row(NamedTuple):
     alpha: Any
     sigma: Any
     deviation: Any = 0.0
+    z_from_prediction: Any = 0.0
     z_from_anchor: Any = 0.0
     anchor_from_z: Any = 0.0
     anchor_from_anchor: Any = 0.0
@@ -223,8 +225,8 @@ def sample(
             lambda: normal_per_key(jax.vmap(jax.random.fold_in, (0, None))(keys, i), z.shape[1:]),
             lambda: jnp.zeros_like(z),
         )
-        z = row.z_from_z * z + row.z_from_anchor * anchor + combine(row.z_from_memory, m)
-        z += deviation * noise
+        z = row.z_from_z * z + row.z_from_prediction * prediction.astype(jnp.float32)
+        z += row.z_from_anchor * anchor + combine(row.z_from_memory, m) + deviation * noise
         if constrain is not None:
             z = constrain(z, row.alpha, row.sigma)
 

@@ -67,7 +67,7 @@ _EULER: dict[str, Any] = {"scaled_start": True, "karras_range": "timesteps", "be
 _DPM: dict[str, Any] = {"one_more": True, "karras_round": True}
 SAMPLERS = {
     "ddpm": Sampler(solvers.ddpm, "leading", options=("variance",)),
-    "ddim": Sampler(solvers.ddim, "leading", early_end=True, options=("eta",)),
+    "ddim": Sampler(solvers.ddim, "leading", early_end=True, options=("eta", "epsilon_of_clipped")),
     "plms": Sampler(solvers.plms, "leading", early_end=True),
     "euler": Sampler(solvers.ddim, **_EULER),
     "euler_ancestral": Sampler(functools.partial(solvers.ddim, eta=1.0), **_EULER),
@@ -107,7 +107,8 @@ def plan_sampler(
         Meng et al., 2022), and this share in [0, 1] of the steps is carried out, the last ones; 0
         gives the latents back.
       clip: bound on |z_0|, for pixels; None for none.
-      options: of the solver's own: `eta` of ddim, `variance` of ddpm, `order` of unipc.
+      options: of the solver's own: `eta` and `epsilon_of_clipped` of ddim, `variance` of ddpm,
+        `order` of unipc.
 
     Raises:
       ValueError: an argument is unknown or out of its range, or sampler, schedule and prediction
@@ -177,14 +178,18 @@ def _row(move: Move, levels: NoiseLevels, prediction_type: str, clip: float) -> 
     alpha, sigma = levels.alpha[move.at], levels.sigma[move.at]
     from_z, from_prediction = z_0_coefficients(prediction_type, alpha, sigma)
     # epsilon = (z - alpha z_0) / sigma
+    epsilon_from_z = (1.0 - alpha * from_z) / sigma
+    epsilon_from_prediction = -alpha * from_prediction / sigma
     remembered = (0.0, 1.0) if move.memory == "z_0" else (1.0 / sigma, -alpha / sigma)
     kept = {name: getattr(move, name) for name in Move._fields if name in Row._fields}
+    kept["z_from_z"] += move.z_from_epsilon * epsilon_from_z
     return Row(
         timestep=levels.timesteps[move.at],
         z_0_from_z=from_z,
         z_0_from_prediction=from_prediction,
         memory_from_z=remembered[0],
         memory_from_z_0=remembered[1],
+        z_from_prediction=move.z_from_epsilon * epsilon_from_prediction,
         alpha=levels.alpha[move.to],
         sigma=levels.sigma[move.to],
         clip=clip,

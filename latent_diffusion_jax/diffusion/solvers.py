@@ -27,6 +27,7 @@ class Move(NamedTuple):
       at: index of the level.
       to: index of the level that the sample is at afterwards.
       memory: what is remembered of the prediction, `z_0` or `epsilon`.
+      z_from_epsilon: of the epsilon that the network predicts, before z_0 is clipped.
       others: as in `Row`.
     """
 
@@ -36,6 +37,7 @@ class Move(NamedTuple):
     z_from_memory: tuple[float, ...]
     deviation: float = 0.0
     memory: str = "z_0"
+    z_from_epsilon: float = 0.0
     z_from_anchor: float = 0.0
     anchor_from_z: float = 0.0
     anchor_from_anchor: float = 0.0
@@ -45,7 +47,7 @@ class Move(NamedTuple):
     log_variance: tuple[float, float] = (0.0, 0.0)
 
 
-def ddim(levels: NoiseLevels, eta: float = 0.0) -> list[Move]:
+def ddim(levels: NoiseLevels, eta: float = 0.0, epsilon_of_clipped: bool = True) -> list[Move]:
     """DDIM (Song et al., 2021, equation 12).
 
     With eta = 0 the same as Euler's method for the probability flow of EDM, with eta = 1 as
@@ -54,6 +56,8 @@ def ddim(levels: NoiseLevels, eta: float = 0.0) -> list[Move]:
     Args:
       levels: to visit.
       eta: 0 is deterministic, 1 has the variance of DDPM's posterior.
+      epsilon_of_clipped: where z_0 is clipped, epsilon is what makes it of the sample, as in ADM
+        and k-diffusion; otherwise what the network predicts, as in diffusers.
     """
     moves = []
     for i in range(levels.num_steps):
@@ -61,15 +65,14 @@ def ddim(levels: NoiseLevels, eta: float = 0.0) -> list[Move]:
         # Equation 16.
         deviation = eta * s_next / s * np.sqrt(max(1.0 - (a / a_next) ** 2, 0.0))
         direction = np.sqrt(max(s_next**2 - deviation**2, 0.0))  # of epsilon
-        moves.append(
-            Move(
-                i,
-                i + 1,
+        move = Move(i, i + 1, 0.0, _weights(a_next), deviation, z_from_epsilon=direction)
+        if epsilon_of_clipped:
+            move = move._replace(
                 z_from_z=direction / s,
                 z_from_memory=_weights(a_next - direction * a / s),
-                deviation=deviation,
+                z_from_epsilon=0.0,
             )
-        )
+        moves.append(move)
     return moves
 
 

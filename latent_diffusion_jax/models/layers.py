@@ -9,6 +9,16 @@ import jax.numpy as jnp
 NORM_STATISTICS = "norm_statistics"  # a collection of variables
 
 
+def stored(x: jax.Array) -> jax.Array:
+    """The same array; on CPUs it is computed once and kept, and so is its gradient.
+
+    Along a network's residual connections XLA's CPU backend makes one long sum of the gradients of
+    many layers, and computes it anew in each operation that reads a part of it. Elsewhere XLA knows
+    better, and nothing is asked of it.
+    """
+    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+
+
 class GroupNorm(nn.Module):
     """Group normalisation (Wu and He, 2018) computed in float32, returned in the input's dtype.
 
@@ -36,6 +46,7 @@ class GroupNorm(nn.Module):
             raise ValueError(f"{self.num_groups} groups do not divide {channels} channels")
         scale = self.param("scale", nn.initializers.ones_init(), (channels,))
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
+        x = stored(x)
         y = x.astype(jnp.float32)
 
         def group_means(values: jax.Array) -> jax.Array:
@@ -160,19 +171,29 @@ def repeat_pixels(x: jax.Array) -> jax.Array:
     return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
-def timestep_embedding(t: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
-    """Sinusoidal embedding of timesteps, cosines first, as in LDM.
+def timestep_embedding(
+    t: jax.Array,
+    width: int,
+    max_period: float = 10_000.0,
+    *,
+    as_in_ddpm: bool = False,
+) -> jax.Array:
+    """Sinusoidal embedding of timesteps.
 
     Args:
       t: timesteps [B], integer or float.
       width: size of the embedding.
-      max_period: period of the slowest sinusoid, in timesteps.
+      max_period: of the slowest sinusoid, over 2 pi timesteps; LDM's come close to it.
+      as_in_ddpm: sines first and the slowest sinusoid at `max_period` itself, as in DDPM's code;
+        LDM has cosines first.
 
     Returns:
       Embedding [B, width], float32.
     """
     half = width // 2
-    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    steps = half - 1 if as_in_ddpm else half
+    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / steps)
     angles = t.astype(jnp.float32)[:, None] * frequencies[None]
-    embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    parts = [jnp.sin(angles), jnp.cos(angles)] if as_in_ddpm else [jnp.cos(angles), jnp.sin(angles)]
+    embedding = jnp.concatenate(parts, axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, width - 2 * half)))

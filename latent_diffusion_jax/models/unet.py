@@ -36,6 +36,7 @@ class UNet(nn.Module):
     scale_shift_norm: bool = False  # embeddings scale and shift normalised features
     resblock_updown: bool = False  # residual blocks change the resolution, not convolutions
     conv_resample: bool = True  # or averages and repeated pixels do, without parameters
+    as_in_ddpm: bool = False  # timesteps' sinusoids and padding of Ho et al., not of LDM
     dropout: float = 0.0  # in residual blocks, where a random key named dropout is given
     num_groups: int = 32
     norm_epsilon: float = 1e-5  # of all norms but the transformers'
@@ -112,7 +113,8 @@ class UNet(nn.Module):
             x = Dense(4 * self.channels, dtype=self.dtype, name=f"{name}_0")(x.astype(self.dtype))
             return Dense(4 * self.channels, dtype=self.dtype, name=f"{name}_1")(nn.silu(x))
 
-        embedding = layers(timestep_embedding(t, self.channels), "time_embed")
+        sinusoids = timestep_embedding(t, self.channels, as_in_ddpm=self.as_in_ddpm)
+        embedding = layers(sinusoids, "time_embed")
         if self.num_classes:
             labels = nn.Embed(
                 self.num_classes,
@@ -205,7 +207,8 @@ class UNet(nn.Module):
                 if self.resblock_updown:
                     h = res(h, h.shape[-1], name, "down")
                 else:
-                    h = downsample(h, self.conv_resample, self.dtype, name)
+                    padding = (0, 1) if self.as_in_ddpm else (1, 1)
+                    h = downsample(h, self.conv_resample, self.dtype, name, padding)
                 skips.append(h)
 
         width = h.shape[-1]

@@ -61,14 +61,16 @@ class TimeResBlock(nn.Module):
         return x + h
 
 
-def downsample(x: jax.Array, convolve: bool, dtype: Any, name: str) -> jax.Array:
+def downsample(
+    x: jax.Array, convolve: bool, dtype: Any, name: str, padding: tuple[int, int] = (1, 1)
+) -> jax.Array:
     """[B, h, w, C] -> [B, h/2, w/2, C], by a convolution with stride 2 or by averaging.
 
-    Padded all round, unlike in the autoencoder. Called in a compact module.
+    Padded all round, unlike in the autoencoder and in DDPM. Called in a compact module.
     """
     if not convolve:
         return average_pool(x)
-    return conv(x.shape[-1], 3, dtype, name, strides=2, padding=((1, 1), (1, 1)))(x)
+    return conv(x.shape[-1], 3, dtype, name, strides=2, padding=(padding, padding))(x)
 
 
 def upsample(x: jax.Array, convolve: bool, dtype: Any, name: str) -> jax.Array:

@@ -1,7 +1,8 @@
 """Checkpoints: Orbax, asynchronous, with the run's config, data position and tokenizer inside.
 
 A checkpoint of a stage is `<workdir>/<stage>/<step>/` with the items `state`, `data` (position of
-the data iterator), `config`, `info` and, where the stage has one, `tokenizer/tokenizer.json`.
+the data iterator), `config`, `info` and, where the stage has them, `tokenizer/tokenizer.json` and
+`labels`, the names of the data's classes.
 """
 
 import json
@@ -15,7 +16,7 @@ from orbax.checkpoint import checkpoint_managers
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.trees import flatten_names
 
-JSON_ITEMS = ("data", "config", "info", "tokenizer")
+JSON_ITEMS = ("data", "config", "info", "tokenizer", "labels")
 
 
 def open_manager(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from latent_diffusion_jax.conditioning.base import drop
+from latent_diffusion_jax.conditioning.base import Conditioning, drop
 from latent_diffusion_jax.diffusion.losses import (
     Objective,
     denoising_loss,
@@ -26,40 +26,40 @@ from latent_diffusion_jax.training.state import Stage, State, sample_keys
 def make_stage(
     ldm: LatentDiffusion,
     optimizer: optax.GradientTransformation,
-    null_tokens: np.ndarray,
-    preview_tokens: np.ndarray,
+    conditioning: Conditioning,
+    previews: Request,
     *,
     objective: Objective,
-    caption_dropout: float,
+    condition_dropout: float,
     ema_decay: float,
     draw: Draw,
     plan: Plan,
 ) -> Stage:
-    """Builds the stage. `State.frozen` holds the parameters `autoencoder` and `scale_factor`.
+    """Builds the stage. `State.frozen` holds the parameters that `ldm` needs and does not train.
 
-    A batch has `tokens` [B, L] and `image`, uint8 [B, H, W, C], or in its place `moments`
-    [B, h, w, c'], with which the encoder's parameters are not needed.
+    A batch has the inputs of the condition and `image`, uint8 [B, H, W, C], or in its place
+    `moments` [B, h, w, c'], with which the encoder's parameters are not needed.
 
     Args:
       ldm: the networks.
-      optimizer: for the UNet and the conditioner together.
-      null_tokens: token ids of the empty caption [L].
-      preview_tokens: token ids of the captions to draw at every preview [N, L].
+      optimizer: for the UNet and, where it is trained, the conditioner together.
+      conditioning: the host half of what the UNet is told.
+      previews: what to draw at every preview.
       objective: what the UNet is trained for.
-      caption_dropout: share of captions replaced by the empty one, for guidance.
+      condition_dropout: share of conditions replaced by none, for guidance.
       ema_decay: decay of the moving average that samples are drawn with.
       draw, plan: what `make_draw` and `make_plan` gave, for previews.
     """
 
     def init(key: jax.Array) -> State:
-        params = ldm.init_trained(key, len(null_tokens))
+        null = {name: jnp.asarray(value)[None] for name, value in conditioning.null.items()}
+        params = ldm.init_trained(key, null)
         average = jax.tree.map(jnp.copy, params)
         return State(jnp.zeros((), jnp.int32), params, average, optimizer.init(params))
 
     def loss_per_example(
         params: Any,
         batch: Any,
-        tokens: jax.Array,
         t: jax.Array,
         keys: jax.Array,
         dropout_key: jax.Array | None = None,
@@ -71,7 +71,7 @@ def make_stage(
             z_0 = ldm.sample_latents(params, batch["moments"], posterior_noise)
         else:
             z_0 = ldm.encode(params, to_float(batch["image"]), posterior_noise)
-        cond = ldm.condition(params, tokens)
+        cond = ldm.condition(params, {name: batch[name] for name in conditioning.null})
         return denoising_loss(
             lambda z_t, t: ldm.predict(params, z_t, t, cond, dropout_key),
             ldm.schedule,
@@ -82,19 +82,20 @@ def make_stage(
         )
 
     def train_step(state: State, batch: Any, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        keys = sample_keys(key, state.step, batch["tokens"].shape[0])
+        keys = sample_keys(key, state.step, _size(batch))
         noise_keys, t_keys, drop_keys = jnp.unstack(
             jax.vmap(lambda k: jax.random.split(k, 3))(keys), axis=1
         )
         t = sample_timesteps(ldm.schedule, t_keys)
         # One mask key for the whole batch: flax draws masks by batch.
         dropout_key = jax.random.fold_in(key, state.step) if ldm.unet.dropout else None
-        tokens = drop(batch["tokens"], jnp.asarray(null_tokens), drop_keys, caption_dropout)
+        batch = batch | {
+            name: drop(batch[name], jnp.asarray(null), drop_keys, condition_dropout)
+            for name, null in conditioning.null.items()
+        }
 
         def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            found = loss_per_example(
-                state.frozen | params, batch, tokens, t, noise_keys, dropout_key
-            )
+            found = loss_per_example(state.frozen | params, batch, t, noise_keys, dropout_key)
             return jax.tree.map(jnp.mean, found)
 
         (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -107,21 +108,21 @@ def make_stage(
     def eval_step(state: State, batch: Any, key: jax.Array) -> dict[str, jax.Array]:
         # The noise depends on the key alone, and any first rows of a batch have timesteps that are
         # spread evenly (multiples of the golden ratio), so that steps and runs are comparable.
-        size = batch["tokens"].shape[0]
+        size = _size(batch)
         spread = (np.arange(size) + 0.5) * (np.sqrt(1.25) - 0.5) % 1.0
         t = jnp.asarray(spread * ldm.schedule.num_timesteps, jnp.int32)
         keys = sample_keys(key, jnp.zeros((), jnp.int32), size)
         params = state.frozen | state.ema
-        loss, parts = loss_per_example(params, batch, batch["tokens"], t, keys)
+        loss, parts = loss_per_example(params, batch, t, keys)
         return {"loss": loss, **parts}
 
     def preview(state: State, batch: Any, key: jax.Array) -> jax.Array:
-        del batch, key  # image i has seed i, as with the sample command
-        tokens = jnp.asarray(preview_tokens)[:, None]
-        null = jnp.broadcast_to(jnp.asarray(null_tokens), tokens.shape)
-        weights = jnp.ones(tokens.shape)
-        seeds = jnp.arange(len(tokens), dtype=jnp.uint32)
-        request = Request(seeds, tokens, weights, null, weights)
-        return draw(state.frozen | state.ema, request, plan)[0]
+        del batch, key
+        return draw(state.frozen | state.ema, previews, plan)[0]
 
     return Stage(init, train_step, eval_step, preview)
+
+
+def _size(batch: Any) -> int:
+    """Examples of a batch."""
+    return batch["moments" if "moments" in batch else "image"].shape[0]

@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -67,7 +68,7 @@ def train_stage(
     batch_size: int,
     num_steps: int,
     frozen: Any = None,
-    tokenizer: Any = None,
+    kept: Mapping[str, Any] = MappingProxyType({}),
     at_start: Callable[[State], State] = lambda state: state,
     at_end: Callable[[State], dict[str, Any]] = lambda state: {},
 ) -> bool:
@@ -81,7 +82,7 @@ def train_stage(
       batch_size: of the global batch.
       num_steps: updates in all.
       frozen: parameters that the step reads and does not train.
-      tokenizer: contents of a tokenizer.json to keep in the checkpoints.
+      kept: JSON items to keep in every checkpoint, such as its `tokenizer`.
       at_start: fresh state -> the state to start from, of the same shapes and shardings; not
         asked where there is a checkpoint.
       at_end: (final state) -> what to keep in the last checkpoint's `info`.
@@ -158,8 +159,7 @@ def train_stage(
             writer.image(step, "preview", grid)
 
         def save(step: int, info: dict[str, Any]) -> None:
-            items = {"data": loader.get_state(), "config": run.config, "info": info}
-            items["tokenizer"] = tokenizer
+            items = {"data": loader.get_state(), "config": run.config, "info": info, **kept}
             checkpoints.save(manager, step, state.replace(frozen=None), items)
 
         logging.info("%s: compiling the train step", name)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.runtime.errors import UserError
@@ -25,7 +26,7 @@ class Loaded:
     Attributes:
       kind: "kl" or "vq".
       fields: keyword arguments of `AutoencoderKL` or `AutoencoderVQ`.
-      params: their parameters, a nested dict of NumPy arrays, float32.
+      params: their parameters, a nested dict of NumPy arrays.
       scaling_factor: what latents are multiplied by for diffusion; None where the file is silent.
     """
 
@@ -35,13 +36,16 @@ class Loaded:
     scaling_factor: float | None
 
 
-def load(path: str | pathlib.Path, num_groups: int | None = None) -> Loaded:
+def load(
+    path: str | pathlib.Path, num_groups: int | None = None, dtype: DTypeLike = np.float32
+) -> Loaded:
     """Reads a first stage.
 
     Args:
       path: a folder of diffusers (`AutoencoderKL`, `VQModel`, or a pipeline with one of them), or
         a file of CompVis' code (`.safetensors` or `.ckpt`; a first stage or a whole model).
       num_groups: of group normalisation, which CompVis' files do not say; None means 32.
+      dtype: of the parameters.
 
     Raises:
       UserError: there is no first stage at `path`, or one that `AutoencoderKL` and
@@ -49,8 +53,8 @@ def load(path: str | pathlib.Path, num_groups: int | None = None) -> Loaded:
     """
     path = pathlib.Path(path).expanduser()
     if path.is_dir():
-        return _load_diffusers(path, num_groups)
-    return from_compvis(files.read(path, skip=compvis.SKIPPED), str(path), num_groups)
+        return _load_diffusers(path, num_groups, dtype)
+    return from_compvis(files.read(path, skip=compvis.SKIPPED), str(path), num_groups, dtype)
 
 
 def save_diffusers(
@@ -131,7 +135,7 @@ def to_compvis(kind: str, fields: Mapping[str, Any], params: Any) -> dict[str, n
     return mapping.to_theirs(mapping.expand(compvis.TABLE, _bindings(fields)), params)
 
 
-def _load_diffusers(folder: pathlib.Path, num_groups: int | None) -> Loaded:
+def _load_diffusers(folder: pathlib.Path, num_groups: int | None, dtype: DTypeLike) -> Loaded:
     folder = folders.find(folder, SUBFOLDERS)
     config_path = folder / folders.CONFIG_FILE
     kind, fields, factor = diffusers.read_config(folders.read_config(folder), str(config_path))
@@ -140,21 +144,25 @@ def _load_diffusers(folder: pathlib.Path, num_groups: int | None) -> Loaded:
             f"{config_path} has norm_num_groups {fields['num_groups']}, not {num_groups}"
         )
     tensors, path = folders.read_tensors(folder)
-    params = _to_ours(diffusers.TABLE, diffusers.current_names(tensors), kind, fields, str(path))
+    named = diffusers.current_names(tensors)
+    params = _to_ours(diffusers.TABLE, named, kind, fields, str(path), dtype)
     return Loaded(kind, fields, params, factor)
 
 
 def from_compvis(
-    tensors: Mapping[str, np.ndarray], where: str, num_groups: int | None = None
+    tensors: Mapping[str, np.ndarray],
+    where: str,
+    num_groups: int | None = None,
+    dtype: DTypeLike = np.float32,
 ) -> Loaded:
-    """The first stage among the tensors of CompVis' code; `num_groups` as for `load`.
+    """The first stage among the tensors of CompVis' code; `num_groups` and `dtype` as for `load`.
 
     Raises:
       UserError: there is none, or one that ours cannot be, or its tensors are not all there.
     """
     network = compvis.first_stage(tensors, where)
     kind, fields = compvis.infer(network, num_groups, where)
-    params = _to_ours(compvis.TABLE, network, kind, fields, where)
+    params = _to_ours(compvis.TABLE, network, kind, fields, where, dtype)
     factor = tensors.get("scale_factor")
     if factor is not None and factor.size != 1:
         raise UserError(f"{where} has a scale_factor of shape {factor.shape}, expected ()")
@@ -167,10 +175,10 @@ def _to_ours(
     kind: str,
     fields: Mapping[str, Any],
     where: str,
+    dtype: DTypeLike,
 ) -> Any:
-    return mapping.to_ours(
-        mapping.expand(rows, _bindings(fields)), tensors, _shapes(kind, fields, where), where
-    )
+    table, shapes = mapping.expand(rows, _bindings(fields)), _shapes(kind, fields, where)
+    return mapping.to_ours(table, tensors, shapes, where, dtype)
 
 
 def _bindings(fields: Mapping[str, Any]) -> list[dict[str, int]]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from latent_diffusion_jax.models.clip_text import ACTIVATIONS, ClipTextEncoder
 from latent_diffusion_jax.runtime.errors import UserError
@@ -40,8 +41,12 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def load(folder: str | pathlib.Path) -> Loaded:
+def load(folder: str | pathlib.Path, dtype: DTypeLike = np.float32) -> Loaded:
     """Reads a folder of transformers' `CLIPTextModel`, such as `text_encoder/` of a pipeline.
+
+    Args:
+      folder: of the model.
+      dtype: of the parameters.
 
     Raises:
       UserError: there is no such folder, or it is of a network that `ClipTextEncoder` cannot be,
@@ -50,7 +55,8 @@ def load(folder: str | pathlib.Path) -> Loaded:
     folder = pathlib.Path(folder).expanduser()
     fields = read_config(folders.read_config(folder), str(folder / folders.CONFIG_FILE))
     tensors, path = folders.read_tensors(folder, WEIGHTS_FILES)
-    return Loaded(fields, _to_ours(HF_TABLE, clip_names.network(tensors), fields, str(path)))
+    network = clip_names.network(tensors)
+    return Loaded(fields, _to_ours(HF_TABLE, network, fields, str(path), dtype))
 
 
 def save_hf(folder: str | pathlib.Path, fields: Mapping[str, Any], params: Any) -> None:
@@ -73,7 +79,10 @@ def save_hf(folder: str | pathlib.Path, fields: Mapping[str, Any], params: Any) 
 
 
 def from_compvis(
-    tensors: Mapping[str, np.ndarray], where: str, num_heads: int | None = None
+    tensors: Mapping[str, np.ndarray],
+    where: str,
+    num_heads: int | None = None,
+    dtype: DTypeLike = np.float32,
 ) -> Loaded:
     """The text encoder among the tensors of a Stable Diffusion single file.
 
@@ -84,6 +93,7 @@ def from_compvis(
       tensors: of the whole file; others are passed over.
       where: they come from, for the message.
       num_heads: which the file does not say; None means heads of 64 channels.
+      dtype: of the parameters.
 
     Raises:
       UserError: there is no CLIP text encoder, or its tensors are not all there.
@@ -107,7 +117,7 @@ def from_compvis(
         for name, tensor in network.items()
         if (clip_names.layer_of(name) or 0) < _layers_run(fields)
     }
-    return Loaded(fields, _to_ours(rows, used, fields, where))
+    return Loaded(fields, _to_ours(rows, used, fields, where, dtype))
 
 
 def to_compvis(fields: Mapping[str, Any], params: Any) -> dict[str, np.ndarray]:
@@ -257,6 +267,7 @@ def _to_ours(
     tensors: Mapping[str, np.ndarray],
     fields: Mapping[str, Any],
     where: str,
+    dtype: DTypeLike,
 ) -> Any:
     network = ClipTextEncoder(**fields)
-    return to_ours(network, _table(rows, fields), tensors, fields["max_length"], where)
+    return to_ours(network, _table(rows, fields), tensors, fields["max_length"], where, dtype)

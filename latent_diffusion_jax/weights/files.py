@@ -3,8 +3,10 @@
 import contextlib
 import json
 import math
+import mmap
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +47,9 @@ def read(
     `.pth`, `.bin`), of which the pickle is not executed. Where a Torch file has a `state_dict`,
     its tensors are meant.
 
+    The file is mapped into memory: what is not used is not read, and what is used stays there until
+    `release`.
+
     Args:
       path: the file.
       skip: beginnings of names whose tensors are not read.
@@ -75,8 +80,19 @@ def read(
     return tensors
 
 
+def release(tensor: np.ndarray) -> None:
+    """Lets go of the memory that the file of a tensor takes; what is used again is read again.
+
+    Nothing happens where it is of no file that is mapped, or the system knows no such thing.
+    """
+    base: Any = tensor
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = getattr(base, "base", None)
+    if base is not None and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
 def _read_safetensors(path: pathlib.Path, skip: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Maps the file into memory: what is not used is not read."""
     unknown = "it is neither a safetensors file nor one that torch.save wrote"
     with path.open("rb") as file:
         head = file.read(9)
@@ -96,7 +112,7 @@ def _read_safetensors(path: pathlib.Path, skip: tuple[str, ...]) -> dict[str, np
     if expected != total:
         reason = "it is cut short" if total < expected else "it is damaged"
         raise FormatError(f"{reason}: it has {total} bytes and should have {expected}")
-    data = np.asarray(np.memmap(path, np.uint8, "r"))
+    data = torch_files.mapped(path)
     tensors = {}
     for name, entry in header.items():
         if name.startswith(skip):
@@ -110,6 +126,19 @@ def _read_safetensors(path: pathlib.Path, skip: tuple[str, ...]) -> dict[str, np
         part = data[8 + size + begin : 8 + size + end]
         tensors[name] = part.view(dtype).reshape(shape)
     return tensors
+
+
+def read_metadata(path: str | pathlib.Path) -> dict[str, str]:
+    """The free texts in a safetensors file's header, by key; none in files of Torch.
+
+    The file has been read by `read` before, which says what is wrong with it.
+    """
+    path = pathlib.Path(path).expanduser()
+    with path.open("rb") as file:
+        if torch_files.is_torch(file.read(16)):
+            return {}
+    with safetensors.safe_open(str(path), "numpy") as found:
+        return found.metadata() or {}
 
 
 def write(

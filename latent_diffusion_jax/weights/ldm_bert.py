@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from latent_diffusion_jax.models.text_transformer import TextTransformer
 from latent_diffusion_jax.runtime.errors import UserError
@@ -67,8 +68,12 @@ COMPVIS_TABLE = (
 )
 
 
-def load(folder: str | pathlib.Path) -> Loaded:
+def load(folder: str | pathlib.Path, dtype: DTypeLike = np.float32) -> Loaded:
     """Reads a folder of diffusers' `LDMBertModel`.
+
+    Args:
+      folder: of the model.
+      dtype: of the parameters.
 
     Raises:
       UserError: there is no such folder, or it is of a network that `TextTransformer` cannot be,
@@ -77,7 +82,7 @@ def load(folder: str | pathlib.Path) -> Loaded:
     folder = pathlib.Path(folder).expanduser()
     fields = read_config(folders.read_config(folder), str(folder / folders.CONFIG_FILE))
     tensors, path = folders.read_tensors(folder, WEIGHTS_FILES)
-    return Loaded(fields, _to_ours(DIFFUSERS_TABLE, tensors, fields, str(path)))
+    return Loaded(fields, _to_ours(DIFFUSERS_TABLE, tensors, fields, str(path), dtype))
 
 
 def save_diffusers(folder: str | pathlib.Path, fields: Mapping[str, Any], params: Any) -> None:
@@ -100,7 +105,10 @@ def save_diffusers(folder: str | pathlib.Path, fields: Mapping[str, Any], params
 
 
 def from_compvis(
-    tensors: Mapping[str, np.ndarray], where: str, num_heads: int = NUM_HEADS
+    tensors: Mapping[str, np.ndarray],
+    where: str,
+    num_heads: int = NUM_HEADS,
+    dtype: DTypeLike = np.float32,
 ) -> Loaded:
     """The text encoder among the tensors of a CompVis checkpoint.
 
@@ -108,6 +116,7 @@ def from_compvis(
       tensors: of the whole file; others are passed over.
       where: they come from, for the message.
       num_heads: which the file does not say.
+      dtype: of the parameters.
 
     Raises:
       UserError: there is no such text encoder, or its tensors are not all there.
@@ -118,7 +127,7 @@ def from_compvis(
         if name.startswith(PREFIX)
     }
     fields = _infer(network, num_heads, where)
-    return Loaded(fields, _to_ours(COMPVIS_TABLE, network, fields, where))
+    return Loaded(fields, _to_ours(COMPVIS_TABLE, network, fields, where, dtype))
 
 
 def to_compvis(fields: Mapping[str, Any], params: Any) -> dict[str, np.ndarray]:
@@ -225,7 +234,8 @@ def _to_ours(
     tensors: Mapping[str, np.ndarray],
     fields: Mapping[str, Any],
     where: str,
+    dtype: DTypeLike,
 ) -> Any:
     network = TextTransformer(**fields)
     used = {name: x for name, x in tensors.items() if not name.startswith(LOGITS + ".")}
-    return to_ours(network, _table(rows, fields), used, fields["max_length"], where)
+    return to_ours(network, _table(rows, fields), used, fields["max_length"], where, dtype)

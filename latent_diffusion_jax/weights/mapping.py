@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.trees import flatten_names
+from latent_diffusion_jax.weights import files
 
 SHOWN = 20  # tensors that an error names of each sort
+ALIGNMENT = 64  # bytes; where an array begins that JAX takes on CPUs as it is, without a copy
 
 
 class Leaf(NamedTuple):
@@ -71,13 +74,18 @@ TO_THEIRS = {
 }
 
 
-def _to_ours(x: np.ndarray, layout: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of `TO_THEIRS`; `shape` is ours. Always a copy, float32."""
+def _to_ours(x: np.ndarray, layout: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """The inverse of `TO_THEIRS`; `shape` is ours. Always a copy, aligned for JAX."""
     if layout == "conv":
         x = x.transpose(2, 3, 1, 0)
     elif layout in ("dense", "dense_as_conv", "conv_as_dense"):
         x = x.reshape(x.shape[:2]).T
-    return np.array(x, np.float32, order="C").reshape(shape)
+    dtype = np.dtype(dtype)
+    buffer = np.empty(x.size * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    copy = buffer[start : start + x.size * dtype.itemsize].view(dtype).reshape(x.shape)
+    copy[...] = x
+    return copy.reshape(shape)
 
 
 def expand(rows: Iterable[Row], bindings: Sequence[Mapping[str, int]] = ({},)) -> Table:
@@ -106,21 +114,24 @@ def to_ours(
     tensors: Mapping[str, np.ndarray],
     wanted_shapes: Mapping[str, tuple[int, ...]],
     where: str,
+    dtype: DTypeLike = np.float32,
 ) -> Any:
-    """Our nested dict of float32 parameters, from the other format's tensors.
+    """Our nested dict of parameters, from the other format's tensors.
 
-    A dense layer is taken both as a matrix and as a 1x1 convolution.
+    A dense layer is taken both as a matrix and as a 1x1 convolution. Tensors are looked at one
+    after another, once all are known to fit; of a file, no more than one is in memory beside ours.
 
     Args:
       table: for these parameters.
       tensors: by the other format's names.
       wanted_shapes: shapes of our parameters by slash-joined name.
       where: the tensors come from, for the message.
+      dtype: of our parameters.
 
     Raises:
       UserError: tensors are missing, too many, misshapen or not of floating point; all are named.
     """
-    missing, misshapen, params = [], [], {}
+    missing, misshapen = [], []
     known = set()
     for name, shape in wanted_shapes.items():
         theirs, layout = table[name]
@@ -137,8 +148,6 @@ def to_ours(
             misshapen.append(f"{theirs!r} {tensor.shape}, expected {expected}")
         elif not jnp.issubdtype(tensor.dtype, jnp.floating):
             misshapen.append(f"{theirs!r} of {tensor.dtype}, expected floating point")
-        else:
-            params[name] = _to_ours(tensor, layout, shape)
     extra = [f"{name!r} {tensor.shape}" for name, tensor in tensors.items() if name not in known]
     problems = [
         f"{len(found)} {sort}: {_listed(found)}"
@@ -147,6 +156,11 @@ def to_ours(
     ]
     if problems:
         raise UserError(f"the tensors of {where} do not fit the network; {'; '.join(problems)}")
+    params = {}
+    for name, shape in wanted_shapes.items():
+        theirs, layout = table[name]
+        params[name] = _to_ours(tensors[theirs], layout, shape, dtype)
+        files.release(tensors[theirs])
     return _nested(params)
 
 

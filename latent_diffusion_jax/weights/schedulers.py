@@ -127,6 +127,7 @@ def read_config(config: Mapping[str, Any], where: str) -> Loaded:
     settings["final"] = "zero" if to_one else "first"
     if config.get("clip_sample", name in CLIPS_BY_DEFAULT):
         settings["clip"] = float(config.get("clip_sample_range", 1.0))
+        settings["epsilon_of_clipped"] = False
     if sampler == "ddpm":
         settings["variance"] = _known(config, "variance_type", "fixed_small", VARIANCES, where)
     return Loaded(schedule, prediction, settings)

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from latent_diffusion_jax.runtime.errors import as_user_error
 from latent_diffusion_jax.runtime.trees import flatten_names
@@ -20,7 +21,7 @@ class Loaded:
 
     Attributes:
       fields: keyword arguments of the network, `ClipTextEncoder` or `TextTransformer`.
-      params: its parameters, a nested dict of NumPy arrays, float32.
+      params: its parameters, a nested dict of NumPy arrays.
     """
 
     fields: dict[str, Any]
@@ -33,6 +34,7 @@ def to_ours(
     tensors: Mapping[str, np.ndarray],
     max_length: int,
     where: str,
+    dtype: DTypeLike,
 ) -> Any:
     """Parameters of a network of token ids [B, max_length], from another format's tensors.
 
@@ -43,4 +45,4 @@ def to_ours(
     with as_user_error(f"the text encoder of {where}"):
         wanted = jax.eval_shape(network.init, jax.random.key(0), tokens)["params"]
     shapes = {name: leaf.shape for name, leaf in flatten_names(wanted).items()}
-    return mapping.to_ours(table, tensors, shapes, where)
+    return mapping.to_ours(table, tensors, shapes, where, dtype)

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 ZIP_MAGIC = b"PK\x03\x04"
+ZIP_HEADER = 30  # bytes before each member's name, whose length is in the last four
+CHUNK = 1 << 20  # bytes of an archive that are checked at once
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION = 1001
 
@@ -195,12 +197,19 @@ def read(path: pathlib.Path, skip: tuple[str, ...] = ()) -> dict[str, np.ndarray
     with path.open("rb") as file:
         if file.read(4) == ZIP_MAGIC:
             with zipfile.ZipFile(file) as archive:
-                return _read_zip(archive, skip)
+                return _read_zip(archive, mapped(path), skip)
         file.seek(0)
-        return _read_legacy(file, skip)
+        return _read_legacy(file, mapped(path), skip)
 
 
-def _read_zip(archive: zipfile.ZipFile, skip: tuple[str, ...]) -> dict[str, np.ndarray]:
+def mapped(path: pathlib.Path) -> np.ndarray:
+    """The bytes of a file, uint8 and read-only, read as they are used."""
+    return np.asarray(np.memmap(path, np.uint8, "r"))
+
+
+def _read_zip(
+    archive: zipfile.ZipFile, data: np.ndarray, skip: tuple[str, ...]
+) -> dict[str, np.ndarray]:
     names = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
     if len(names) != 1:
         raise FormatError("it is a zip archive, but not one that torch.save wrote")
@@ -209,10 +218,23 @@ def _read_zip(archive: zipfile.ZipFile, skip: tuple[str, ...]) -> dict[str, np.n
         raise FormatError("its numbers are big-endian")
     unpickler = _Unpickler(io.BytesIO(archive.read(names[0])))
     tensors = _tensors(unpickler.load(), skip)
-    return _materialise(tensors, lambda storage: archive.read(f"{root}data/{storage.key}"))
+    return _arrays(tensors, lambda key: _member(archive, data, f"{root}data/{key}"))
 
 
-def _read_legacy(file: BinaryIO, skip: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _member(archive: zipfile.ZipFile, data: np.ndarray, name: str) -> np.ndarray:
+    """The bytes of an archive's member, mapped unless they are compressed; they are checked."""
+    info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED:
+        return np.frombuffer(archive.read(name), np.uint8)
+    with archive.open(name) as member:
+        while member.read(CHUNK):  # which ends with an error where the sum is wrong
+            pass
+    end = info.header_offset + ZIP_HEADER
+    start = end + int(data[end - 4 : end].view("<u2").sum(dtype=int))
+    return data[start : start + info.file_size]
+
+
+def _read_legacy(file: BinaryIO, data: np.ndarray, skip: tuple[str, ...]) -> dict[str, np.ndarray]:
     if _Unpickler(file).load() != LEGACY_MAGIC or _Unpickler(file).load() != LEGACY_VERSION:
         raise FormatError("it is a pickle, but not one that torch.save wrote")
     system = _Unpickler(file).load()
@@ -231,11 +253,11 @@ def _read_legacy(file: BinaryIO, skip: tuple[str, ...]) -> dict[str, np.ndarray]
     if end > size:
         raise FormatError(f"it is cut short: it has {size} bytes and should have {end}")
 
-    def load(storage: _Storage) -> bytes:
-        file.seek(places[storage.key][0])
-        return file.read(places[storage.key][1])
+    def load(key: str) -> np.ndarray:
+        start, size = places[key]
+        return data[start : start + size]
 
-    return _materialise(tensors, load)
+    return _arrays(tensors, load)
 
 
 def _tensors(loaded: Any, skip: tuple[str, ...]) -> dict[str, _Tensor]:
@@ -251,17 +273,15 @@ def _tensors(loaded: Any, skip: tuple[str, ...]) -> dict[str, _Tensor]:
     }
 
 
-def _materialise(
-    tensors: dict[str, _Tensor], load: Callable[[_Storage], bytes]
+def _arrays(
+    tensors: dict[str, _Tensor], load: Callable[[str], np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Arrays (read-only views) of tensors; each storage is loaded once."""
-    loaded: dict[str, bytes] = {}
+    """Arrays (read-only views) of tensors; the bytes of each storage are looked up once."""
+    load = functools.cache(load)
     arrays = {}
     for name, tensor in tensors.items():
         storage = tensor.storage
-        if storage.key not in loaded:
-            loaded[storage.key] = load(storage)
-        values = np.frombuffer(loaded[storage.key], storage.dtype)
+        values = load(storage.key).view(storage.dtype)
         if len(values) < storage.first + storage.size:
             raise FormatError(f"it is cut short: the numbers of {name!r} are not all there")
         values = values[storage.first : storage.first + storage.size]

@@ -50,11 +50,8 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
 FIXED: dict[str, Any] = {
     "act_fn": "silu",
     "center_input_sample": False,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
     "time_embedding_type": "positional",
     "time_embedding_dim": None,
-    "downsample_padding": 1,
     "mid_block_scale_factor": 1,
     "add_attention": True,
     "only_cross_attention": False,
@@ -75,6 +72,11 @@ FIXED: dict[str, Any] = {
     "class_embeddings_concat": False,
     "cross_attention_norm": None,
 }
+# Of LDM's networks and of DDPM's (Ho et al.); they go together.
+CONVENTIONS: tuple[dict[str, Any], ...] = (
+    {"flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1},
+    {"flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0},
+)
 MIDDLES = {"transformer": "UNetMidBlock2DCrossAttn", "self": "UNetMidBlock2D"}
 
 
@@ -115,6 +117,7 @@ def read_config(config: Mapping[str, Any], where: str) -> Description:
         scale_shift_norm=_choice(full, "resnet_time_scale_shift", ("default", "scale_shift"),
                                  where) == "scale_shift",
         resblock_updown=resblock_updown,
+        as_in_ddpm=_as_in_ddpm(full, where),
         dropout=_number(full, "dropout", where),
         num_groups=positive_integer(full, "norm_num_groups", where),
         norm_epsilon=_number(full, "norm_eps", where),
@@ -185,10 +188,8 @@ def make_config(
         "act_fn": "silu",
         "block_out_channels": widths,
         "down_block_types": types[0],
-        "downsample_padding": 1,
+        **CONVENTIONS[network.as_in_ddpm],
         "dropout": network.dropout,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
         "in_channels": in_channels,
         "layers_per_block": network.num_res_blocks,
         "mid_block_scale_factor": 1,
@@ -265,6 +266,19 @@ def _blocks(
     return tuple(level for level, attends in enumerate(found[0]) if attends), (
         resampling == {"resnet"}
     )
+
+
+def _as_in_ddpm(config: Mapping[str, Any], where: str) -> bool:
+    """Which of `CONVENTIONS` a config follows."""
+    given = {
+        key: value if config.get(key) is None else config[key]
+        for key, value in CONVENTIONS[False].items()
+    }
+    if given not in CONVENTIONS:
+        raise UserError(
+            f"{where} has {given}; known are {' and '.join(str(known) for known in CONVENTIONS)}"
+        )
+    return given == CONVENTIONS[True]
 
 
 def _heads(config: Mapping[str, Any], kind: str, levels: int, where: str) -> dict[str, Any]:

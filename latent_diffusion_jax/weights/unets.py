@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from latent_diffusion_jax.models.unet import UNet
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
@@ -33,7 +34,7 @@ class Loaded:
     Attributes:
       fields: keyword arguments of `UNet`.
       in_channels: of the latents, and of what is concatenated to them.
-      params: its parameters, a nested dict of NumPy arrays, float32.
+      params: its parameters, a nested dict of NumPy arrays.
       context_dim: width of the context; None without one.
       linear_projections: the file has the transformers' projections as dense layers.
     """
@@ -45,8 +46,12 @@ class Loaded:
     linear_projections: bool
 
 
-def load(path: str | pathlib.Path) -> Loaded:
+def load(path: str | pathlib.Path, dtype: DTypeLike = np.float32) -> Loaded:
     """Reads a folder of diffusers: `UNet2DConditionModel`, `UNet2DModel`, a pipeline with one.
+
+    Args:
+      path: the folder.
+      dtype: of the parameters.
 
     Raises:
       UserError: there is no UNet at `path`, or one that `UNet` cannot be, or its tensors are not
@@ -60,7 +65,8 @@ def load(path: str | pathlib.Path) -> Loaded:
     table = mapping.expand(
         unet_diffusers_names.rows(description.linear_projections), bindings(network)
     )
-    return _loaded(description, mapping.to_ours(table, current_names(tensors), shapes, str(where)))
+    params = mapping.to_ours(table, current_names(tensors), shapes, str(where), dtype)
+    return _loaded(description, params)
 
 
 def from_compvis(
@@ -68,6 +74,7 @@ def from_compvis(
     where: str,
     num_heads: int | None = None,
     head_dim: int | None = None,
+    dtype: DTypeLike = np.float32,
 ) -> Loaded:
     """The UNet among the tensors of CompVis' code.
 
@@ -77,6 +84,7 @@ def from_compvis(
       num_heads: of each attention. Files do not say it: without it and `head_dim`, what the
         published model with such a context has (see `unet_compvis.infer`).
       head_dim: channels of a head; one of both at most.
+      dtype: of the parameters.
 
     Raises:
       UserError: there is no UNet, or one that `UNet` cannot be, or its tensors are not all there.
@@ -88,7 +96,7 @@ def from_compvis(
     network, shapes = _network(description, where)
     table = mapping.expand(unet_compvis.rows(description.linear_projections), bindings(network))
     split = unet_compvis.split_attentions(tensors, network)
-    return _loaded(description, mapping.to_ours(table, split, shapes, where))
+    return _loaded(description, mapping.to_ours(table, split, shapes, where, dtype))
 
 
 def save_diffusers(
@@ -135,7 +143,8 @@ def to_compvis(
       UserError: CompVis' code has no such network.
     """
     network, _, _ = _described(fields, params)
-    for field, only in (("num_groups", unet_compvis.NUM_GROUPS), ("norm_epsilon", 1e-5)):
+    groups = unet_compvis.NUM_GROUPS
+    for field, only in (("num_groups", groups), ("norm_epsilon", 1e-5), ("as_in_ddpm", False)):
         if getattr(network, field) != only:
             raise UserError(
                 f"CompVis' code has {field} {only}; it cannot express {getattr(network, field)}"

@@ -250,6 +250,18 @@ def test_clipped_predictions_stay_in_their_bounds(monkeypatch):
     assert np.abs(expected[-1]).max() <= 0.5
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("of_clipped", [False, True])
+def test_ddim_with_clipped_predictions_equals_diffusers(of_clipped, eta, monkeypatch):
+    """Its epsilon is the network's own or, if told so, that of the clipped z_0."""
+    plan = plan_sampler("ddim", SCHEDULE, "v", 20, clip=0.5, eta=eta, epsilon_of_clipped=of_clipped)
+    scheduler = scheduler_of(
+        "DDIMScheduler", "v", clip_sample=True, clip_sample_range=0.5, timestep_spacing="trailing"
+    )
+    options = dict(eta=eta, use_clipped_model_output=of_clipped)
+    assert_same(ours(plan), theirs(scheduler, 20, monkeypatch, **options), tolerance=2e-4)
+
+
 # --- what a plan is ------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from latent_diffusion_jax.models.layers import (
     GroupNorm,
     UpsampleConv,
     conv,
+    stored,
     timestep_embedding,
 )
 
@@ -38,6 +39,35 @@ def test_timestep_embedding_tells_neighbouring_timesteps_apart():
     embedding = np.asarray(timestep_embedding(jnp.arange(1000), 32), np.float64)
     distances = np.linalg.norm(embedding[:, None] - embedding[None], axis=-1)
     assert distances[~np.eye(1000, dtype=bool)].min() > 0.3
+
+
+def test_stored_arrays_and_all_their_derivatives_are_the_same():
+    x, tangent = jnp.asarray(normal(12, 2, 3)), jnp.asarray(normal(13, 2, 3))
+
+    def results(keep):
+        def function(x):
+            return jnp.sum(jnp.sin(keep(x) ** 2))
+
+        gradient = jax.grad(function)
+        return (
+            function(x),
+            gradient(x),
+            jax.grad(jax.checkpoint(function))(x),
+            jax.jvp(gradient, (x,), (tangent,))[1],
+            jax.grad(lambda x: jnp.sum(gradient(x) ** 2))(x),
+            jax.vmap(gradient)(x),
+        )
+
+    jax.tree.map(np.testing.assert_array_equal, results(stored), results(lambda x: x))
+
+
+def test_arrays_are_stored_on_cpus_alone(monkeypatch):
+    def program() -> str:
+        return str(jax.make_jaxpr(lambda x: stored(x))(1.0))
+
+    assert "optimization_barrier" in program()
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert "optimization_barrier" not in program()
 
 
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-2])

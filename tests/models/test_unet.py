@@ -81,8 +81,9 @@ def diffusers_unet(model: UNet, in_channels: int, context_dim: int | None) -> to
         layers_per_block=model.num_res_blocks,
         norm_num_groups=model.num_groups,
         norm_eps=model.norm_epsilon,
-        flip_sin_to_cos=True,
-        freq_shift=0,
+        flip_sin_to_cos=not model.as_in_ddpm,
+        freq_shift=int(model.as_in_ddpm),
+        downsample_padding=int(not model.as_in_ddpm),
         num_class_embeds=model.num_classes or None,
         resnet_time_scale_shift="scale_shift" if model.scale_shift_norm else "default",
     )
@@ -127,6 +128,7 @@ VARIANTS = {
         remat=True,
     ),
     "self": TWO | dict(attention_levels=(1,), attention="self", norm_epsilon=1e-6),
+    "ddpm": TWO | dict(attention_levels=(1,), attention="self", head_dim=32, as_in_ddpm=True),
     "res_blocks": dict(
         channel_multipliers=(1, 2, 2), num_res_blocks=1, attention_levels=(1,), attention="self",
         resblock_updown=True, scale_shift_norm=True, num_classes=5, remat=True,

@@ -141,7 +141,8 @@ def parameters():
         config = txt2img.get_config(variant)
         vocab_size, length = config.tokenizer.vocab_size, config.tokenizer.max_length
         ldm = build.latent_diffusion(config, vocab_size, length)
-        init = functools.partial(ldm.init_trained, max_length=length)
+        tokens = np.zeros((1, length), np.int32)
+        init = functools.partial(ldm.init_trained, inputs={"tokens": tokens})
         shapes[variant] = jax.eval_shape(init, jax.random.key(0))
     return shapes
 

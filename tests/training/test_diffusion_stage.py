@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from latent_diffusion_jax.conditioning.base import Conditioning
 from latent_diffusion_jax.diffusion.losses import Objective
 from latent_diffusion_jax.diffusion.schedules import make_schedule
 from latent_diffusion_jax.ldm import LatentDiffusion
@@ -15,7 +16,7 @@ from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.models.text_transformer import TextTransformer
 from latent_diffusion_jax.models.unet import UNet
 from latent_diffusion_jax.runtime.images import to_float
-from latent_diffusion_jax.sampling import Settings, make_draw, make_plan
+from latent_diffusion_jax.sampling import Request, Settings, make_draw, make_plan
 from latent_diffusion_jax.training import diffusion_stage
 
 LENGTH = 6
@@ -28,18 +29,20 @@ LDM = LatentDiffusion(
     make_schedule("scaled_linear", 1000, 0.0015, 0.0195),
     image_size=8,
 )  # fmt: skip
-NULL = np.zeros(LENGTH, np.int32)
+CONDITIONING = Conditioning(lambda record, rng: {}, {"tokens": np.zeros(LENGTH, np.int32)}, {})
+PREVIEWS = np.arange(2 * LENGTH, dtype=np.int32).reshape(2, LENGTH)
 KEY = jax.random.key(5)
 
 
-def make_stage(caption_dropout=0.1, optimizer=None, ldm=LDM, **objective):
+def make_stage(condition_dropout=0.1, optimizer=None, ldm=LDM, **objective):
+    seeds = np.arange(2, dtype=np.uint32)
     return diffusion_stage.make_stage(
         ldm,
         optimizer or optax.adam(1e-3),
-        NULL,
-        np.arange(2 * LENGTH, dtype=np.int32).reshape(2, LENGTH),
+        CONDITIONING,
+        Request(seeds, {"tokens": PREVIEWS}, {"tokens": np.zeros_like(PREVIEWS)}),
         objective=Objective(**objective),
-        caption_dropout=caption_dropout,
+        condition_dropout=condition_dropout,
         ema_decay=0.9,
         draw=make_draw(ldm, 8, 8),
         plan=make_plan(ldm.schedule, ldm.prediction_type, Settings(steps=2, guidance_scale=1.5)),
@@ -91,7 +94,7 @@ def test_the_average_follows_the_decay(frozen, batch):
 
 @pytest.mark.parametrize(("rate", "depends"), [(0.0, True), (1.0, False)])
 def test_dropped_captions_do_not_matter(frozen, batch, rate, depends):
-    stage = make_stage(caption_dropout=rate)
+    stage = make_stage(condition_dropout=rate)
     state = jax.jit(stage.init)(KEY).replace(frozen=frozen)
     params = jax.tree.map(lambda x: x + 0.1, state.params)  # away from zero-initialised layers
     state = state.replace(params=params)

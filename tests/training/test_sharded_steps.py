@@ -9,6 +9,7 @@ import pytest
 
 from latent_diffusion_jax import build
 from latent_diffusion_jax.conditioning import tokenizers as captions
+from latent_diffusion_jax.conditions import Parts
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.models.discriminator import PatchDiscriminator
 from latent_diffusion_jax.runtime import sharding
@@ -63,15 +64,17 @@ def check_equal(stage, frozen, batch, sizes, split_axis):
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_diffusion_step(smoke_config, sizes):
     config = wide(smoke_config)
-    tokenizer = captions.train(["a handwritten seven", "the digit 3"], 300, 8)
-    stage = build.second_stage(config, tokenizer)
+    trained = captions.train(["a handwritten seven", "the digit 3"], 300, 8)
+    tokenizer = captions.prompt_tokenizer(trained)
+    parts = Parts(tokenizer)
+    stage = build.second_stage(config, parts.network(config), parts.host_half(config))
     network = build.autoencoder(config)
     rng = np.random.default_rng(0)
     params = network.init(jax.random.key(1), np.zeros((1, 32, 32, 3), np.float32))["params"]
     frozen = {"autoencoder": params, "scale_factor": np.float32(0.8)}
     batch = {
         "image": rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8),
-        "tokens": captions.encode(tokenizer, ["the digit 3", "a handwritten seven"] * 4),
+        "tokens": tokenizer.encode(["the digit 3", "a handwritten seven"] * 4),
     }
     axis = next((name for name in ("tensor", "fsdp") if sizes[name] > 1), None)
     check_equal(stage, frozen, batch, sizes, axis)

@@ -112,6 +112,15 @@ def test_other_precisions_are_read_as_float32(theirs, dtype):
     np.testing.assert_array_equal(codes, converted["embedding.weight"].astype(np.float32))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_parameters_are_of_the_dtype_that_is_asked_for(theirs, ours, dtype):
+    converted = {name: tensor.astype(dtype) for name, tensor in theirs.items()}
+    found = mapping.to_ours(TABLE, converted, SHAPES, "some file", jnp.bfloat16)
+    for name, leaf in flatten_names(found).items():
+        assert leaf.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(leaf, ours[name].astype(dtype).astype(jnp.bfloat16))
+
+
 def test_every_problem_is_named_with_shapes(theirs):
     del theirs["conv_in.bias"], theirs["levels.0.p.weight"]
     theirs["lin.weight"] = theirs["lin.weight"].reshape(6)

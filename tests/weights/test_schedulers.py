@@ -83,7 +83,7 @@ def test_what_nobody_chose_is_left_to_the_sampler():
 def test_written_configs_load_in_diffusers_and_here(prediction_type, sampler):
     schedule = make_schedule("cosine", 50, 0.1, 0.2)
     settings = {"sampler": sampler, "spacing": "trailing", "offset": 1, "sigmas": "schedule",
-                "final": "zero", "clip": 1.5}  # fmt: skip
+                "final": "zero", "clip": 1.5, "epsilon_of_clipped": False}  # fmt: skip
     config = json.loads(json.dumps(schedulers.make_config(schedule, prediction_type, settings)))
     theirs = getattr(diffusers, config["_class_name"]).from_config(config)
     np.testing.assert_allclose(theirs.alphas_cumprod, schedule.alphas_cumprod, atol=1e-6)

@@ -287,6 +287,18 @@ def test_damaged_numbers_of_an_archive_are_noticed(tmp_path):
     check_refused(path, "damaged or cut short (Bad CRC-32")
 
 
+def test_archives_that_were_compressed_are_read(tmp_path):
+    tensors = {"w": torch.arange(100.0), "half": torch.ones(3, 5).half()}
+    torch.save(tensors, tmp_path / "a.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as stored,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for name in stored.namelist():
+            archive.writestr(name, stored.read(name))
+    assert_same(tmp_path / "b.pt", tensors)
+
+
 def test_other_archives_and_pickles_are_refused(tmp_path, save):
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w") as archive:

@@ -77,7 +77,8 @@ def test_fields_are_those_of_the_config(loaded_from):
     assert first.fields == dict(
         out_channels=4, channels=32, channel_multipliers=(1, 2), num_res_blocks=1,
         attention_levels=(0,), attention="transformer", scale_shift_norm=False,
-        resblock_updown=False, dropout=0.0, num_groups=32, norm_epsilon=1e-5, num_heads=4,
+        resblock_updown=False, as_in_ddpm=False, dropout=0.0, num_groups=32,
+        norm_epsilon=1e-5, num_heads=4,
         transformer_depth=1,
     )  # fmt: skip
     second = loaded_from("stable_diffusion_2")
@@ -182,8 +183,8 @@ def test_half_precision_is_read_as_float32(tmp_path, dtype):
     [
         ("text2im", dict(_class_name="AutoencoderKL"), ("'AutoencoderKL'", "UNet2DConditionModel")),
         ("text2im", dict(act_fn="gelu"), ("act_fn 'gelu'", "'silu'")),
-        ("text2im", dict(flip_sin_to_cos=False), ("flip_sin_to_cos False",)),
-        ("text2im", dict(freq_shift=1), ("freq_shift 1",)),
+        ("text2im", dict(flip_sin_to_cos=False), ("'flip_sin_to_cos': False",)),
+        ("text2im", dict(freq_shift=1), ("'freq_shift': 1",)),
         ("text2im", dict(only_cross_attention=[True, False]), ("only_cross_attention [True,",)),
         ("text2im", dict(mid_block_type=None), ("mid_block_type None",)),
         ("text2im", dict(addition_embed_type="text_time"), ("addition_embed_type 'text_time'",)),
@@ -200,7 +201,7 @@ def test_half_precision_is_read_as_float32(tmp_path, dtype):
         ("text2im", dict(down_block_types=["DownBlock2D"]), ("1 down_block_types and 2 block_",)),
         ("text2im", dict(up_block_types=["UpBlock2D"] * 2), ("attention on different levels",)),
         ("unconditional", dict(time_embedding_type="fourier"), ("time_embedding_type 'fourier'",)),
-        ("unconditional", dict(downsample_padding=0), ("downsample_padding 0",)),
+        ("unconditional", dict(downsample_padding=0), ("'downsample_padding': 0",)),
         ("unconditional", dict(add_attention=False), ("add_attention False",)),
         ("unconditional", dict(upsample_type="resnet"), ("by residual blocks in others",)),
         ("res_blocks", dict(attn_norm_num_groups=None), ("attn_norm_num_groups None",)),

@@ -1,0 +1,308 @@
+"""What a second stage can be told: nothing, classes, CLIP's text; in latents and in pixels.
+
+Each is trained for a few steps, drawn with, and resumed or written out.
+"""
+
+import shutil
+import sys
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import latent_diffusion_jax
+from configs import base, class_cond, pixel, txt2img, unconditional
+from latent_diffusion_jax import conditions, loading, saving
+from latent_diffusion_jax.convert import convert
+from latent_diffusion_jax.pipelines import Pipeline
+from latent_diffusion_jax.runtime import trees
+from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.train import train
+from tests.clip_files import make_text_encoder_folder, make_tokenizer_folder
+
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def trained(config, tmp_path_factory, data_dir):
+    config.data.data_dir = data_dir
+    workdir = tmp_path_factory.mktemp("run")
+    assert train(config, workdir)
+    return workdir
+
+
+def draw(pipe, *args, **options):
+    return pipe(*args, **options).astype(int)
+
+
+# Without a condition.
+
+
+@pytest.fixture(scope="module")
+def free_workdir(tmp_path_factory, data_dir):
+    return trained(unconditional.get_config("smoke"), tmp_path_factory, data_dir)
+
+
+def test_an_unconditional_model_draws(free_workdir):
+    pipe = latent_diffusion_jax.load(free_workdir)
+    assert pipe.tokenizer is None and pipe.ldm.conditioner is None
+    images = draw(pipe, num_images=3, seed=5)
+    assert images.shape == (3, 32, 32, 3) and images.std() > 1
+    assert np.abs(images[1] - draw(pipe, seed=6)[0]).max() <= 1
+    assert np.abs(images[0] - images[1]).max() > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"prompt": "a seven"}, "takes no prompt"),
+        ({"negative_prompt": "a seven"}, "takes no prompt"),
+        ({"label": 3}, "takes no label"),
+        ({"guidance_scale": 2.0}, "guidance_scale must be 1"),
+    ],
+)
+def test_what_an_unconditional_model_does_not_take(free_workdir, arguments, said):
+    with pytest.raises(UserError, match=said):
+        latent_diffusion_jax.load(free_workdir)(**arguments)
+
+
+def test_an_unconditional_model_becomes_a_pipeline_of_diffusers(
+    free_workdir, tmp_path, monkeypatch
+):
+    convert([str(free_workdir)], "diffusers", str(tmp_path / "out"), part="model")
+    written = diffusers.LDMPipeline.from_pretrained(tmp_path / "out")
+    written.set_progress_bar_config(disable=True)
+    ours = latent_diffusion_jax.load(free_workdir)
+    again = latent_diffusion_jax.load(tmp_path / "out")
+    noise = np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype(np.float32)
+    options = dict(latents=noise, steps=4)
+    found = draw(ours, **options)
+    assert np.abs(found - draw(again, **options)).max() <= 1
+    monkeypatch.setattr(  # the pipeline takes no noise
+        sys.modules[diffusers.LDMPipeline.__module__],
+        "randn_tensor",
+        lambda *args, **kwargs: torch.tensor(noise).permute(0, 3, 1, 2),
+    )
+    theirs = written(num_inference_steps=4, output_type="np").images
+    assert np.abs(found - 255 * theirs).max() <= 1.01
+
+
+# Classes.
+
+
+@pytest.fixture(scope="module")
+def class_workdir(tmp_path_factory, data_dir):
+    return trained(class_cond.get_config("smoke"), tmp_path_factory, data_dir)
+
+
+@pytest.fixture(scope="module")
+def pixel_workdir(tmp_path_factory, data_dir):
+    """In the space of pixels, the labels added to the timesteps, attention to pixels alone."""
+    config = pixel.get_config("smoke")
+    config.class_embedding.width = 0
+    config.unet.attention = "self"
+    return trained(config, tmp_path_factory, data_dir)
+
+
+@pytest.fixture(params=["class_workdir", "pixel_workdir"])
+def labelled_workdir(request):
+    return request.getfixturevalue(request.param)
+
+
+def with_visible_labels(workdir) -> Pipeline:
+    """The trained model with weights as large as after a longer training."""
+    model = loading.load_model(workdir)
+    rng = np.random.default_rng(0)
+
+    def louder(x):
+        x = np.asarray(x)
+        return x + rng.normal(scale=0.3, size=x.shape).astype(np.float32)
+
+    names = [name for name in ("unet", "conditioner") if name in model.params]
+    model.params.update({name: jax.tree.map(louder, model.params[name]) for name in names})
+    return Pipeline(model)
+
+
+def test_labels_by_name_and_by_number(labelled_workdir):
+    pipe = with_visible_labels(labelled_workdir)
+    assert list(pipe.model.label_names) == NAMES
+    assert pipe.model.null_label == 10 and pipe.ldm.num_labels == 11
+    images = draw(pipe, label=["seven", 3, "3"], seed=[4, 4, 4])
+    assert images.shape == (3, 32, 32, 3)
+    assert np.abs(images[1] - images[2]).max() <= 1
+    assert np.abs(images[0] - images[1]).max() > 1
+    several = draw(pipe, label=[7, 3], num_images=2, seed=4)
+    assert np.abs(several[0] - images[0]).max() <= 1
+    plain = draw(pipe, label=7, seed=4, guidance_scale=1.0)
+    assert np.abs(several[0] - plain[0]).max() > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({}, "give a label"),
+        ({"prompt": "a seven"}, "takes no prompt"),
+        ({"label": "ten"}, "unknown label 'ten'; known: zero, one"),
+        ({"label": 10}, r"label 10 must be in 0\.\.9"),
+        ({"label": [3, -1]}, r"label -1 must be in 0\.\.9"),
+        ({"label": []}, "no prompts or labels"),
+    ],
+)
+def test_wrong_labels(labelled_workdir, arguments, said):
+    with pytest.raises(UserError, match=said):
+        latent_diffusion_jax.load(labelled_workdir)(**arguments)
+
+
+def test_models_of_classes_are_no_pipelines_of_diffusers(labelled_workdir, tmp_path):
+    with pytest.raises(UserError, match=r"no pipeline .* for models of classes"):
+        saving.save_diffusers(tmp_path, loading.load_model(labelled_workdir))
+
+
+def test_pixels_have_no_first_stage(pixel_workdir):
+    assert not (pixel_workdir / "first_stage").exists()
+    pipe = latent_diffusion_jax.load(pixel_workdir)
+    assert pipe.ldm.autoencoder is None and pipe.params.keys() == {"unet"}
+    assert pipe.model.settings.clip == 1.0
+
+
+def test_learned_variance_in_pixels(tmp_path, data_dir):
+    config = pixel.get_config("smoke")
+    config.data.data_dir = data_dir
+    config.objective.learned_variance = True
+    config.sample.sampler, config.sample.variance = "ddpm", "learned"
+    config.num_steps = 2
+    assert train(config, tmp_path)
+    pipe = latent_diffusion_jax.load(tmp_path)
+    assert pipe.ldm.unet.out_channels == 6 and pipe.ldm.image_channels == 3
+    assert draw(pipe, label=1).shape == (1, 32, 32, 3)
+
+
+def test_subfolders_are_classes(tmp_path, data_dir):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "pets" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    config = pixel.get_config("smoke")
+    config.data.name, config.data.caption_key = str(tmp_path / "pets"), ""
+    config.sample.labels = (1, 0)
+    assert train(config, tmp_path / "run")
+    assert loading.load_model(tmp_path / "run").label_names == ["cat", "dog"]
+    config.sample.labels = (1, 2)
+    with pytest.raises(UserError, match=r"sample.labels=\(1, 2\): the data has 2 labels"):
+        train(config, tmp_path / "other")
+
+
+def test_data_without_labels_cannot_be_told_by_class(tmp_path):
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "b.png")
+    config = pixel.get_config("smoke")
+    config.data.name, config.data.caption_key = str(tmp_path), ""
+    with pytest.raises(UserError, match=r"conditioning='class' needs labels, and data .* has none"):
+        train(config, tmp_path / "run")
+
+
+# CLIP.
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    size = make_tokenizer_folder(folder / "tokenizer")
+    make_text_encoder_folder(folder / "text_encoder", size)
+    return folder
+
+
+def clip_config(clip_folder, data_dir):
+    config = base.get_config()
+    config.data.data_dir = data_dir
+    config.first_stage = base.first_stage("kl")
+    base.second_stage(config, "clip")
+    base.digits(config)
+    base.smoke_first_stage(config)
+    base.smoke_second_stage(config)
+    config.clip.path, config.clip.dtype = str(clip_folder), "float32"
+    return config
+
+
+def test_clip_stays_as_it_is_and_the_workdir_holds_it(clip_folder, data_dir, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(clip_folder, folder)
+    config, workdir = clip_config(folder, data_dir), tmp_path / "run"
+    steps = iter(range(100))
+    assert not train(config, workdir, should_stop=lambda: next(steps) > 6)  # in the second stage
+    shutil.rmtree(folder)
+    assert train(config, workdir)  # goes on without it
+    wanted = conditions.open_clip(clip_folder).clip.params
+    pipe = latent_diffusion_jax.load(workdir)
+    assert not pipe.ldm.trained_conditioner
+    found = jax.tree.map(np.asarray, pipe.params["conditioner"])
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    images = draw(pipe, ["a red circle", "a blue square"], seed=[1, 1])
+    assert images.shape == (2, 32, 32, 3)
+    convert([str(workdir)], "diffusers", str(tmp_path / "out"), part="model")
+    again = latent_diffusion_jax.load(tmp_path / "out")
+    same = draw(again, ["a red circle", "a blue square"], seed=[1, 1], sampler="ddim", steps=4,
+                spacing="trailing", guidance_scale=2.0, height=32, width=32)  # fmt: skip
+    assert np.abs(same - images).max() <= 1
+
+
+def test_a_folder_without_clip(clip_folder, data_dir, tmp_path):
+    config = clip_config(clip_folder / "tokenizer", data_dir)
+    with pytest.raises(UserError, match="has no folder text_encoder/"):
+        train(config, tmp_path / "run")
+
+
+# Models to start from.
+
+
+def test_training_starts_from_a_model(trained_workdir, data_dir, tmp_path):
+    config = txt2img.get_config("smoke")
+    config.data.data_dir = data_dir
+    config.stages = ("diffusion",)
+    config.init_from = config.first_stage.init_from = str(trained_workdir)
+    config.optimizer.learning_rate = 0.0
+    config.num_steps = 1
+    assert train(config, tmp_path / "run")
+    ours, theirs = (loading.load_model(path) for path in (tmp_path / "run", trained_workdir))
+    jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
+    assert ours.tokenizer.files == theirs.tokenizer.files
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"unet.channels": 16}, r"differ in \d+ parameters, such as .*\[\d+.*\(there \["),
+        ({"unet.num_res_blocks": 2}, r"missing\)"),
+        ({"init_from": "nowhere"}, "nowhere does not exist"),
+    ],
+)
+def test_another_network_to_start_from(trained_workdir, data_dir, tmp_path, change, said):
+    config = txt2img.get_config("smoke")
+    config.data.data_dir = data_dir
+    config.stages = ("diffusion",)
+    config.init_from = config.first_stage.init_from = str(trained_workdir)
+    config.update_from_flattened_dict(change)
+    with pytest.raises(UserError, match=said):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_single_files_are_no_starting_point(trained_workdir, data_dir, tmp_path):
+    config = txt2img.get_config("smoke")
+    config.data.data_dir = data_dir
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    config.init_from = str(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"is a single file; .*convert --part=model"):
+        train(config, tmp_path / "run")
+
+
+def test_only_what_is_trained_is_averaged_and_kept(class_workdir):
+    shapes = loading.load_model(class_workdir).params
+    table = trees.flatten_names(shapes["conditioner"])
+    assert {name: leaf.shape for name, leaf in table.items()} == {"label_embed/embedding": (11, 16)}
