@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -82,7 +83,8 @@ class Pipeline:
                 )
             except ValueError as error:
                 raise UserError(str(error)) from error
-            self._programs[key] = jax.jit(draw, compiler_options=compiler_options())
+            options = compiler_options(in_half=self.ldm.unet.dtype == jnp.bfloat16)
+            self._programs[key] = jax.jit(draw, compiler_options=options)
         return self._programs[key]
 
     def __call__(

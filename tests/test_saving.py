@@ -75,7 +75,8 @@ def test_single_files_written_here_need_no_arguments(single_file):
     original = loading.load_model(folder)
     found = loading.load_model(file.parent / "noted.safetensors")
     assert found.settings == original.settings
-    assert found.ldm == original.ldm
+    for name in ("autoencoder", "conditioner", "unet", "image_size", "prediction_type"):
+        assert getattr(found.ldm, name) == getattr(original.ldm, name)
     assert found.tokenizer.files == original.tokenizer.files
     ours, theirs = (jax.tree.leaves(model.params) for model in (found, original))
     for a, b in zip(ours, theirs, strict=True):

@@ -14,6 +14,7 @@ from latent_diffusion_jax.models.layers import (
     GroupNorm,
     UpsampleConv,
     conv,
+    conv_general_dilated,
     stored,
     timestep_embedding,
 )
@@ -68,6 +69,29 @@ def test_arrays_are_stored_on_cpus_alone(monkeypatch):
     assert "optimization_barrier" in program()
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert "optimization_barrier" not in program()
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3])
+@pytest.mark.parametrize("padding", ["SAME", ((1, 0), (0, 1)), ((0, 0), (2, 1))])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_convolutions_in_half_precision_are_the_same(kernel, padding, strides):
+    x, weights = normal(0, 2, 6, 5, 8), normal(1, kernel, kernel, 8, 4)
+    numbers = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def results(function, dtype):
+        def apply(x, weights):
+            y = function(x.astype(dtype), weights.astype(dtype), strides, padding, **numbers)
+            assert y.dtype == dtype
+            return jnp.vdot(normal(2, *y.shape), y.astype(jnp.float32)), y
+
+        (_, y), gradients = jax.value_and_grad(apply, (0, 1), has_aux=True)(x, weights)
+        return y, *gradients
+
+    found = results(conv_general_dilated, jnp.bfloat16)
+    expected = results(jax.lax.conv_general_dilated, jnp.float32)
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a.astype(np.float32), b, atol=0.03 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-2])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_diffusion_jax.models.layers import dot_general
 from latent_diffusion_jax.runtime import compilation
 
 
@@ -29,6 +30,19 @@ def test_convolutions_on_cpus_are_not_handed_on():
     assert ["ynn_fusion" in program.as_text() for program in programs] == [True, False]
     results = [program(x, kernel) for program in programs]
     np.testing.assert_allclose(*results, rtol=1e-6)
+
+
+def test_dots_in_half_precision_are_handed_on():
+    x = jnp.ones((256, 256), jnp.bfloat16)
+    programs = [
+        jax.jit(dot_general, static_argnums=2, compiler_options=compilation.compiler_options(half))
+        .lower(x, x, (((1,), (0,)), ((), ())))
+        .compile()
+        for half in (False, True)
+    ]
+    assert ["ynn_fusion" in program.as_text() for program in programs] == [False, True]
+    for program in programs:
+        np.testing.assert_array_equal(program(x, x), 256.0)
 
 
 def test_weights_are_not_widened_before_they_are_used():
