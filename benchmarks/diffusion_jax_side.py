@@ -44,6 +44,7 @@ from latent_diffusion_jax.diffusion.losses import Objective, sample_timesteps, t
 from latent_diffusion_jax.loading import load_model
 from latent_diffusion_jax.models.unet import UNet
 from latent_diffusion_jax.runtime.compilation import compiler_options
+from latent_diffusion_jax.runtime.memory import keep_freed_memory
 from latent_diffusion_jax.runtime.randomness import normal_per_key
 from latent_diffusion_jax.sampling import Request, Settings, make_draw, make_plan
 from latent_diffusion_jax.training.diffusion_stage import make_stage
@@ -51,6 +52,8 @@ from latent_diffusion_jax.training.optimizer import make_optimizer
 from latent_diffusion_jax.training.state import State, sample_keys
 from latent_diffusion_jax.weights import folders, ldm_bert, schedulers, unets
 
+if CASES[sys.argv[1]].task == "train":
+    keep_freed_memory()  # as the train command does, before JAX starts
 IN_HALF = CASES[sys.argv[1]].dtype == "bfloat16"
 jit = functools.partial(jax.jit, compiler_options=compiler_options(IN_HALF))
 

@@ -36,6 +36,7 @@ from latent_diffusion_jax.models import lpips
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL
 from latent_diffusion_jax.models.discriminator import PatchDiscriminator
 from latent_diffusion_jax.runtime.compilation import compiler_options
+from latent_diffusion_jax.runtime.memory import keep_freed_memory
 from latent_diffusion_jax.runtime.randomness import normal_per_key
 from latent_diffusion_jax.runtime.trees import path_name
 from latent_diffusion_jax.training.autoencoder_losses import AutoencoderLosses
@@ -155,6 +156,8 @@ def write_noise(case: Case, path: pathlib.Path) -> None:
 
 if __name__ == "__main__":
     CASE, FOLDER = CASES[sys.argv[1]], pathlib.Path(sys.argv[2])
+    if CASE.task == "train":
+        keep_freed_memory()  # as the train command does, before JAX starts
     if sys.argv[3] == "noise":
         write_noise(CASE, FOLDER / NOISE)
         child.reply(CHANNEL, {})

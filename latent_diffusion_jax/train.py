@@ -28,6 +28,7 @@ from latent_diffusion_jax.loaded_model import Model
 from latent_diffusion_jax.runtime import checkpoints, loggers, sharding, trees
 from latent_diffusion_jax.runtime.commands import StopRequest, differences, run
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
+from latent_diffusion_jax.runtime.memory import keep_freed_memory, without_accelerators
 from latent_diffusion_jax.training import autoencoder_stage, loop
 from latent_diffusion_jax.training.state import Stage, State
 
@@ -326,6 +327,8 @@ def define_flags() -> None:
 
 
 def main() -> None:
+    if without_accelerators():
+        keep_freed_memory()
     loggers.set_up_logging()
     with StopRequest() as stop:
         train(FLAGS.config, FLAGS.workdir, stop)
