@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import latent_diffusion_jax
-from latent_diffusion_jax import build, saving
+from latent_diffusion_jax import saving
 from latent_diffusion_jax.diffusion.schedules import make_schedule
 from latent_diffusion_jax.ldm import LatentDiffusion
 from latent_diffusion_jax.loaded_model import Model
@@ -88,4 +88,3 @@ def test_labels_that_the_unet_embeds_have_no_single_file(single_file, tmp_path):
     with pytest.raises(UserError, match="embeds labels itself"):
         saving.save_single_file(tmp_path / "model.safetensors", other)
     assert not list(tmp_path.iterdir())
-    assert "class" in build.CONDITIONINGS
