@@ -1,5 +1,6 @@
 """Attention: the one softmax attention, and the blocks built on it."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -40,9 +41,23 @@ def dot_product_attention(
         )
     batch, queries, heads, head_dim = q.shape
     q = q * head_dim**-0.5
-    group, block = step_sizes(batch, queries, heads, k.shape[1])
-    if (group, block) != (heads, queries):
-        return _attention_in_steps(q, k, v, causal, group, block)
+    sizes = batch, queries, heads, k.shape[1]
+    cpu, default = (
+        functools.partial(_attention, causal=causal, step=step_sizes(*sizes, on_cpu=on_cpu))
+        for on_cpu in (True, False)
+    )
+    if cpu.keywords == default.keywords:
+        return default(q, k, v)
+    return jax.lax.platform_dependent(q, k, v, cpu=cpu, default=default)
+
+
+def _attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, step: tuple[int, int]
+) -> jax.Array:
+    """`dot_product_attention` of scaled queries, so many heads and queries at a time."""
+    queries, heads = q.shape[1:3]
+    if step != (heads, queries):
+        return _attention_in_steps(q, k, v, causal, *step)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     scores = jnp.einsum("bhmd,bhnd->bhmn", k, q, preferred_element_type=jnp.float32)
     if causal:
@@ -51,14 +66,16 @@ def dot_product_attention(
     return jnp.swapaxes(jnp.einsum("bhmn,bhmd->bhnd", weights, v), 1, 2)
 
 
-def step_sizes(batch: int, queries: int, heads: int, keys: int) -> tuple[int, int]:
+def step_sizes(
+    batch: int, queries: int, heads: int, keys: int, *, on_cpu: bool
+) -> tuple[int, int]:
     """How many heads and queries have their scores computed at a time.
 
     CPUs are fastest where the scores of a step stay in their caches; accelerators want as much work
     in a step as their memory allows.
     """
     scores = batch * heads * queries * keys
-    if jax.default_backend() == "cpu":
+    if on_cpu:
         return (heads, queries) if scores <= CPU_SCORES else (1, min(256, queries))
     if scores <= ACCELERATOR_SCORES:
         return heads, queries

@@ -1,6 +1,7 @@
 """Layers that the autoencoder, the UNet and the text encoder share. NHWC throughout."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ def stored(x: jax.Array) -> jax.Array:
     many layers, and computes it anew in each operation that reads a part of it. Elsewhere XLA knows
     better, and nothing is asked of it.
     """
-    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 class GroupNorm(nn.Module):
@@ -110,10 +111,17 @@ def dot_general(
     Accelerators do so anyway; XLA's CPU backend has a kernel for it that is twice as fast as that
     for float32, and none for sums in bfloat16.
     """
-    if not _in_half_on_cpus(x):
+
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
-    options["preferred_element_type"] = jnp.float32
-    return jax.lax.dot_general(x, kernel, dimension_numbers, **options).astype(x.dtype)
+
+    def in_float32(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        wide = options | {"preferred_element_type": jnp.float32}
+        return jax.lax.dot_general(x, kernel, dimension_numbers, **wide).astype(x.dtype)
+
+    if x.dtype != jnp.bfloat16:
+        return plain(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=in_float32, default=plain)
 
 
 def conv_general_dilated(
@@ -124,12 +132,23 @@ def conv_general_dilated(
     XLA's CPU backend has no convolutions in bfloat16: those of stride 1 become a product of
     matrices for each entry of the kernel, summed in float32.
     """
-    if not _in_half_on_cpus(x) or tuple(window_strides) != (1, 1):
+
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
+
+    if x.dtype != jnp.bfloat16 or tuple(window_strides) != (1, 1):
+        return plain(x, kernel)
+    pads = padding
+    if isinstance(pads, str):
+        pads = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (1, 1), pads)
+    by_dots = functools.partial(_conv_by_dots, pads=pads)
+    return jax.lax.platform_dependent(x, kernel, cpu=by_dots, default=plain)
+
+
+def _conv_by_dots(x: jax.Array, kernel: jax.Array, pads: Sequence[tuple[int, int]]) -> jax.Array:
+    """[B, H, W, C] and a kernel [h, w, C, D], with stride 1, to [B, H', W', D]."""
     rows, columns = kernel.shape[:2]
-    if isinstance(padding, str):
-        padding = jax.lax.padtype_to_pads(x.shape[1:3], (rows, columns), (1, 1), padding)
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     height, width = x.shape[1] - rows + 1, x.shape[2] - columns + 1
     dimension_numbers = (((3,), (0,)), ((), ()))
     parts = [
@@ -143,10 +162,6 @@ def conv_general_dilated(
         for j in range(columns)
     ]
     return functools.reduce(jnp.add, parts).astype(x.dtype)
-
-
-def _in_half_on_cpus(x: jax.Array) -> bool:
-    return x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
 
 
 def conv(

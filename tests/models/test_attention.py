@@ -51,7 +51,7 @@ def computed(request, monkeypatch):
     """Attention with all scores at once, and in steps of 4 queries."""
     steps = STEPS[request.param]
     if steps is not None:
-        monkeypatch.setattr(attention_module, "step_sizes", lambda *sizes: steps)
+        monkeypatch.setattr(attention_module, "step_sizes", lambda *sizes, on_cpu: steps)
 
 
 @pytest.mark.parametrize(
@@ -99,21 +99,30 @@ def test_causal_attention_does_not_see_later_tokens(computed):
 
 
 @pytest.mark.parametrize(
-    ("backend", "sizes", "expected"),
+    ("on_cpu", "sizes", "expected"),
     [
-        ("cpu", (64, 64, 2, 64), (2, 64)),
-        ("cpu", (1, 4096, 8, 4096), (1, 256)),
-        ("cpu", (4096, 77, 8, 77), (1, 77)),
-        ("gpu", (1, 4096, 8, 4096), (8, 4096)),
-        ("gpu", (8, 4096, 8, 4096), (8, 512)),
-        ("gpu", (4, 9216, 8, 9216), (8, 384)),
-        ("tpu", (1024, 4096, 8, 4096), (8, 128)),
+        (True, (64, 64, 2, 64), (2, 64)),
+        (True, (1, 4096, 8, 4096), (1, 256)),
+        (True, (4096, 77, 8, 77), (1, 77)),
+        (False, (1, 4096, 8, 4096), (8, 4096)),
+        (False, (8, 4096, 8, 4096), (8, 512)),
+        (False, (4, 9216, 8, 9216), (8, 384)),
+        (False, (1024, 4096, 8, 4096), (8, 128)),
     ],
 )
-def test_steps_fit_the_device(monkeypatch, backend, sizes, expected):
+def test_steps_fit_the_device(on_cpu, sizes, expected):
     """Sizes are batch, queries, heads, keys; expected are heads and queries of a step."""
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert attention_module.step_sizes(*sizes) == expected
+    assert attention_module.step_sizes(*sizes, on_cpu=on_cpu) == expected
+
+
+def test_steps_are_those_of_the_platform_that_is_compiled_for():
+    x = jax.ShapeDtypeStruct((1, 2048, 8, 8), jnp.float32)
+    traced = jax.jit(dot_product_attention).trace(x, x, x)
+
+    def in_steps(platform: str) -> bool:
+        return "stablehlo.while" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+    assert in_steps("cpu") and not in_steps("tpu") and not in_steps("cuda")
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(8, 40), (1, 512)])  # a UNet's, an autoencoder's

@@ -15,6 +15,7 @@ from latent_diffusion_jax.models.layers import (
     UpsampleConv,
     conv,
     conv_general_dilated,
+    dot_general,
     stored,
     timestep_embedding,
 )
@@ -62,13 +63,30 @@ def test_stored_arrays_and_all_their_derivatives_are_the_same():
     jax.tree.map(np.testing.assert_array_equal, results(stored), results(lambda x: x))
 
 
-def test_arrays_are_stored_on_cpus_alone(monkeypatch):
-    def program() -> str:
-        return str(jax.make_jaxpr(lambda x: stored(x))(1.0))
+def lowered(function, platform: str, *arguments) -> str:
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
-    assert "optimization_barrier" in program()
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert "optimization_barrier" not in program()
+
+def test_arrays_are_stored_on_cpus_alone():
+    assert "optimization_barrier" in lowered(stored, "cpu", 1.0)
+    assert "optimization_barrier" not in lowered(stored, "tpu", 1.0)
+
+
+def test_bfloat16_is_computed_otherwise_on_cpus_alone():
+    x, kernel = (jnp.ones(shape, jnp.bfloat16) for shape in ((1, 4, 4, 8), (3, 3, 8, 8)))
+
+    def convolved(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+    def multiplied(x, kernel):
+        return dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
+
+    assert "stablehlo.convolution" not in lowered(convolved, "cpu", x, kernel)
+    assert "stablehlo.convolution" in lowered(convolved, "tpu", x, kernel)
+    in_float32 = "-> tensor<1x4x4x8xf32>"
+    assert in_float32 in lowered(multiplied, "cpu", x, kernel)
+    assert in_float32 not in lowered(multiplied, "tpu", x, kernel)
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 3])
