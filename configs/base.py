@@ -212,6 +212,18 @@ def open_images(config: ConfigDict) -> None:
     config.data.resize = 384
 
 
+def miniature(conditioning: str, *, smoke: bool = False) -> ConfigDict:
+    """Both stages on handwritten digits; `smoke`: a few steps of networks that learn nothing."""
+    config = get_config()
+    config.first_stage = first_stage("kl")
+    second_stage(config, conditioning)
+    digits(config)
+    if smoke:
+        smoke_first_stage(config)
+        smoke_second_stage(config)
+    return config
+
+
 def digits(config: ConfigDict) -> None:
     """The handwritten digits that come with scikit-learn, for ten minutes on 2 CPU cores."""
     config.data.image_size = 32

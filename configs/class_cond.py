@@ -23,15 +23,9 @@ VARIANTS = ("digits", "smoke", "imagenet", "imagenet_f8")
 def get_config(variant: str = "digits") -> ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}")
-    config = base.get_config()
     if variant in ("digits", "smoke"):
-        config.first_stage = base.first_stage("kl")
-        base.second_stage(config, "class")
-        base.digits(config)
-        if variant == "smoke":
-            base.smoke_first_stage(config)
-            base.smoke_second_stage(config)
-        return config
+        return base.miniature("class", smoke=variant == "smoke")
+    config = base.get_config()
     config.first_stage = autoencoder_vq.get_config(
         "f4" if variant == "imagenet" else "f8"
     ).first_stage

@@ -20,24 +20,12 @@ VARIANTS = ("digits", "smoke", "paper")
 def get_config(variant: str = "digits") -> ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}")
-    config = paper()
     if variant in ("digits", "smoke"):
-        base.digits(config)
-    if variant == "smoke":
-        base.smoke_first_stage(config)
-        base.smoke_second_stage(config)
-    return config
-
-
-def paper() -> ConfigDict:
+        return base.miniature("text", smoke=variant == "smoke")
     config = base.get_config()
-
-    # First stage.
     first = config.first_stage = base.first_stage("kl")
     first.autoencoder.z_channels = 4
     first.autoencoder.embed_dim = 4
     first.autoencoder.channel_multipliers = (1, 2, 4, 4)  # f = 8
-
-    # Second stage.
     base.second_stage(config, "text")
     return config

@@ -28,15 +28,9 @@ VARIANTS = ("digits", "smoke", *TRAINING)
 def get_config(variant: str = "digits") -> ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}")
-    config = base.get_config()
     if variant in ("digits", "smoke"):
-        config.first_stage = base.first_stage("kl")
-        base.second_stage(config, "none")
-        base.digits(config)
-        if variant == "smoke":
-            base.smoke_first_stage(config)
-            base.smoke_second_stage(config)
-        return config
+        return base.miniature("none", smoke=variant == "smoke")
+    config = base.get_config()
     churches = variant == "lsun_churches"
     source = autoencoder_kl.get_config("f8") if churches else autoencoder_vq.get_config("f4")
     config.first_stage = source.first_stage

@@ -12,6 +12,7 @@ loss.
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -35,11 +36,11 @@ def convert(
     num_groups: int | None = None,
     prefix: bool = False,
     part: str = "first_stage",
-    tokenizer: str | None = None,
-    num_heads: int | None = None,
-    prediction_type: str | None = None,
+    **unsaid: Any,
 ) -> None:
     """Reads `sources` and writes `out`; the arguments are the command's flags.
+
+    `unsaid` is what a single file of a whole model does not say, for `load_model`.
 
     Raises:
       UserError: a source cannot be read, `out` cannot be written, or the format cannot express it.
@@ -50,9 +51,7 @@ def convert(
     if len(sources) != 1:
         raise UserError(f"a {part.replace('_', ' ')} has one source, got {len(sources)}")
     if part == "model":
-        model = loading.load_model(
-            sources[0], tokenizer=tokenizer, num_heads=num_heads, prediction_type=prediction_type
-        )
+        model = loading.load_model(sources[0], **unsaid)
         save = saving.save_diffusers if to == "diffusers" else saving.save_single_file
         save(out, model)
         return
@@ -85,9 +84,6 @@ def define_flags() -> None:
     )  # fmt: skip
     flags.DEFINE_enum("to", None, FORMATS, "Format to write.", required=True)
     flags.DEFINE_enum("part", "first_stage", PARTS, "What to convert of the source.")
-    flags.DEFINE_string(
-        "tokenizer", None, "Folder of the tokenizer, where a single file is the source of a model."
-    )
     loading.define_flags()
     flags.DEFINE_string(
         "out", None, "A folder for diffusers, else a .safetensors file.", required=True
@@ -110,9 +106,7 @@ def main() -> None:
         FLAGS.num_groups,
         FLAGS.prefix,
         FLAGS.part,
-        FLAGS.tokenizer,
-        FLAGS.num_heads,
-        FLAGS.prediction_type,
+        **loading.flag_values(),
     )
     print(f"{' and '.join(FLAGS.source)} -> {FLAGS.out}")
 

@@ -156,7 +156,6 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "model", None, "A workdir of train, a folder of diffusers or a single file.", required=True
     )
-    flags.DEFINE_string("tokenizer", None, "Folder of the tokenizer, for single files.")
     loading.define_flags()
     flags.DEFINE_enum("dtype", "float32", sorted(build.DTYPES), "Of weights and computation.")
     flags.DEFINE_string("out", None, "Folder to write to.", required=True)
@@ -175,13 +174,7 @@ def define_flags() -> None:
 
 def main() -> None:
     loggers.set_up_logging()
-    model = loading.load_model(
-        FLAGS.model,
-        dtype=FLAGS.dtype,
-        tokenizer=FLAGS.tokenizer,
-        num_heads=FLAGS.num_heads,
-        prediction_type=FLAGS.prediction_type,
-    )
+    model = loading.load_model(FLAGS.model, dtype=FLAGS.dtype, **loading.flag_values())
     chosen = {name: FLAGS[name].value for name in ("sampler", "steps", "guidance_scale")}
     model = with_settings(model, **chosen)
     out = pathlib.Path(FLAGS.out).expanduser()

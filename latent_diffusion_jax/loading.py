@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,12 +54,18 @@ def load_model(
 
 def define_flags() -> None:
     """Flags of the commands that load models, for what single files do not say."""
+    flags.DEFINE_string("tokenizer", None, "Folder of the tokenizer, for single files.")
     flags.DEFINE_integer(
         "num_heads", None, "Heads of the UNet's attention, for single files.", lower_bound=1
     )
     flags.DEFINE_enum(
         "prediction_type", None, PREDICTION_TYPES, "What the UNet predicts, for single files."
     )
+
+
+def flag_values() -> dict[str, Any]:
+    """Keyword arguments of `load_model` from those flags."""
+    return {name: flags.FLAGS[name].value for name in ("tokenizer", "num_heads", "prediction_type")}
 
 
 def _computing_in(model: Model, dtype: str) -> Model:

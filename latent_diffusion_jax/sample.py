@@ -70,7 +70,6 @@ def define_flags() -> None:
     )  # fmt: skip
     flags.DEFINE_alias("model", "workdir")
     flags.DEFINE_enum("dtype", "float32", sorted(build.DTYPES), "Of the computation.")
-    flags.DEFINE_string("tokenizer", None, "Folder of the tokenizer, for single files.")
     loading.define_flags()
     flags.DEFINE_string("prompt", None, "What to draw.")
     flags.DEFINE_list("label", None, "Classes to draw, by number or name, with a comma between.")
@@ -112,13 +111,7 @@ def main() -> None:
         (out if to_folder else out.parent).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to --out={FLAGS.out}: {error.strerror}") from error
-    pipe = pipelines.load(
-        FLAGS.workdir,
-        dtype=FLAGS.dtype,
-        tokenizer=FLAGS.tokenizer,
-        num_heads=FLAGS.num_heads,
-        prediction_type=FLAGS.prediction_type,
-    )
+    pipe = pipelines.load(FLAGS.workdir, dtype=FLAGS.dtype, **loading.flag_values())
     if pipe.tokenizer is not None and FLAGS.prompt is None and FLAGS.prompts_file is None:
         raise UserError("give --prompt or --prompts_file: this model draws what they say")
     texts = [text for text in FLAGS.label or prompts for _ in range(FLAGS.num_images)]

@@ -60,6 +60,8 @@ def save_diffusers(folder: str | pathlib.Path, model: Model) -> None:
     folder, ldm = pathlib.Path(folder).expanduser(), model.ldm
     if ldm.num_labels:
         raise UserError("diffusers has no pipeline of a UNet for models of classes")
+    if ldm.conditioner is None and ldm.unet.attention != "self":
+        raise UserError("diffusers' unconditional pipelines have UNets with attention='self' alone")
     params = jax.tree.map(np.asarray, dict(model.params))
     unets.save_diffusers(
         folder / "unet",
@@ -89,8 +91,6 @@ def save_diffusers(folder: str | pathlib.Path, model: Model) -> None:
         index |= _save_clip(folder, model, params)
     elif ldm.conditioner is not None:
         index |= _save_transformer(folder, model, params)
-    elif ldm.unet.attention != "self":
-        raise UserError("diffusers' unconditional pipelines have UNets with attention='self' alone")
     elif ldm.autoencoder is not None:
         index["_class_name"] = "LDMPipeline"
     else:
@@ -152,6 +152,11 @@ def save_single_file(path: str | pathlib.Path, model: Model) -> None:
     Raises:
       UserError: CompVis' code has no such model, or the file cannot be written.
     """
+    path = pathlib.Path(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"CompVis weights are written as .safetensors, not to {path}")
+    if model.ldm.unet.num_classes:
+        raise UserError("CompVis' code loads no UNet that embeds labels itself")
     kind, first = _first_stage(model)
     params = jax.tree.map(np.asarray, dict(model.params))
     text, linear = model.ldm.conditioner, _linear(params)
@@ -163,8 +168,6 @@ def save_single_file(path: str | pathlib.Path, model: Model) -> None:
     }
     first_tensors = autoencoders.to_compvis(kind, first, params["autoencoder"])
     tensors |= {compvis.PREFIX + name: tensor for name, tensor in first_tensors.items()}
-    if model.ldm.unet.num_classes:
-        raise UserError("CompVis' code loads no UNet that embeds labels itself")
     if isinstance(text, ClassEmbedding):
         tensors |= class_embeddings.to_compvis(params["conditioner"])
     elif text is not None:
@@ -174,9 +177,6 @@ def save_single_file(path: str | pathlib.Path, model: Model) -> None:
     tensors["betas"] = schedule.betas.astype(np.float32)
     tensors["alphas_cumprod"] = schedule.alphas_cumprod.astype(np.float32)
     tensors["scale_factor"] = np.array(params["scale_factor"], np.float32)
-    path = pathlib.Path(path)
-    if path.suffix != ".safetensors":
-        raise UserError(f"CompVis weights are written as .safetensors, not to {path}")
     files.write(path, tensors, _notes(model).metadata())
 
 

@@ -54,13 +54,16 @@ def model(config: ConfigDict, workdir: pathlib.Path) -> Model | None:
     return loading.load_model(path)
 
 
-def check_fits(shapes: Any, found: Model, origin: str) -> None:
-    """Raises UserError where a model is another network than the config's.
+def trained_params(shapes: Any, found: Model, origin: str) -> dict[str, Any]:
+    """Parameters that the second stage starts from; what it does not train is let go of.
 
     Args:
       shapes: of the parameters that the second stage trains.
       found: to start from.
       origin: where that is from.
+
+    Raises:
+      UserError: it is another network than the config's.
     """
     params = {name: found.params.get(name, {}) for name in shapes}
     ours, theirs = trees.flatten_names(shapes), trees.flatten_names(params)
@@ -75,3 +78,4 @@ def check_fits(shapes: Any, found: Model, origin: str) -> None:
             f"the model of init_from={origin!r} is not that of the config: they differ in "
             f"{len(different)} parameters, such as {'; '.join(different[:3])}"
         )
+    return params

@@ -24,11 +24,10 @@ from latent_diffusion_jax.config_checks import check_config
 from latent_diffusion_jax.data.latents import LatentSource
 from latent_diffusion_jax.data.pipeline import Examples
 from latent_diffusion_jax.first_stages import FirstStage
-from latent_diffusion_jax.loaded_model import Model
 from latent_diffusion_jax.runtime import checkpoints, loggers, sharding, trees
 from latent_diffusion_jax.runtime.commands import StopRequest, differences, run
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
-from latent_diffusion_jax.runtime.memory import keep_freed_memory, without_accelerators
+from latent_diffusion_jax.runtime.memory import keep_freed_memory
 from latent_diffusion_jax.training import autoencoder_stage, loop
 from latent_diffusion_jax.training.state import Stage, State
 
@@ -86,7 +85,7 @@ def train(
 
     # All stages are built, as shapes, before the first one is trained.
     stages: dict[str, Stage] = {}
-    perceptual, parts, model = None, None, None
+    perceptual, parts, model, given = None, None, None, None
     with as_user_error("the config's parts do not fit together"):
         if "first_stage" in unfinished:
             perceptual = build.perceptual_params(config)
@@ -101,7 +100,9 @@ def train(
         root = jax.random.key(0)
         shapes = {name: jax.eval_shape(stage.init, root) for name, stage in stages.items()}
     if model is not None:
-        starting_points.check_fits(shapes["diffusion"].params, model, config.init_from)
+        trained = shapes["diffusion"].params
+        given = starting_points.trained_params(trained, model, config.init_from)
+        del model  # its other parts take memory
 
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -137,7 +138,7 @@ def train(
             assert parts is not None
             train_source, test_source = sources[name]
             shared = dataclasses.replace(shared, train_source=train_source, test_source=test_source)
-            finished = train_diffusion(shared, config, stages[name], parts, model)
+            finished = train_diffusion(shared, config, stages[name], parts, given)
         if not finished:
             return False
     logging.info("done: checkpoints and config in %s, scalars in metrics.jsonl there,", workdir)
@@ -272,7 +273,7 @@ def train_diffusion(
     config: ConfigDict,
     stage: Stage,
     parts: conditions.Parts,
-    model: Model | None,
+    given: dict[str, Any] | None,
 ) -> bool:
     """Trains the UNet, and the conditioner where that is not frozen.
 
@@ -283,7 +284,7 @@ def train_diffusion(
       config: of the run.
       stage: what `build.second_stage` gave.
       parts: of the condition.
-      model: what `starting_points.model` gave.
+      given: what `starting_points.trained_params` gave, where there is a model to start from.
     """
     frozen: dict[str, Any] = {}
     if "first_stage" in config:
@@ -300,10 +301,10 @@ def train_diffusion(
         frozen["conditioner"] = jax.device_put(parts.clip.params, shardings)
 
     def at_start(state: State) -> State:
-        if model is None:
+        if given is None:
             return state
-        given = {name: model.params[name] for name in state.params}
         params = jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), given, state.params)
+        given.clear()  # takes memory
         average = jax.tree.map(jax.numpy.copy, params)
         return State(state.step, params, average, state.opt, state.frozen)
 
@@ -327,8 +328,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    if without_accelerators():
-        keep_freed_memory()
+    keep_freed_memory()
     loggers.set_up_logging()
     with StopRequest() as stop:
         train(FLAGS.config, FLAGS.workdir, stop)

@@ -24,13 +24,8 @@ def clip_folder(tmp_path_factory):
 
 
 def clip_config(clip_folder, data_dir):
-    config = base.get_config()
+    config = base.miniature("clip", smoke=True)
     config.data.data_dir = data_dir
-    config.first_stage = base.first_stage("kl")
-    base.second_stage(config, "clip")
-    base.digits(config)
-    base.smoke_first_stage(config)
-    base.smoke_second_stage(config)
     config.clip.path, config.clip.dtype = str(clip_folder), "float32"
     return config
 

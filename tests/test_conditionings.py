@@ -3,6 +3,7 @@
 Each is trained for a few steps, drawn with, and resumed or written out.
 """
 
+import dataclasses
 import sys
 
 import diffusers
@@ -87,6 +88,15 @@ def test_an_unconditional_model_becomes_a_pipeline_of_diffusers(
     assert np.abs(found - 255 * theirs).max() <= 1.01
 
 
+def test_what_diffusers_cannot_hold_is_refused_before_anything_is_written(free_workdir, tmp_path):
+    model = loading.load_model(free_workdir)
+    unet = model.ldm.unet.clone(attention="transformer")
+    other = dataclasses.replace(model, ldm=dataclasses.replace(model.ldm, unet=unet))
+    with pytest.raises(UserError, match="attention='self' alone"):
+        saving.save_diffusers(tmp_path / "out", other)
+    assert not (tmp_path / "out").exists()
+
+
 # Classes.
 
 
@@ -155,7 +165,8 @@ def test_wrong_labels(labelled_workdir, arguments, said):
 
 def test_models_of_classes_are_no_pipelines_of_diffusers(labelled_workdir, tmp_path):
     with pytest.raises(UserError, match=r"no pipeline .* for models of classes"):
-        saving.save_diffusers(tmp_path, loading.load_model(labelled_workdir))
+        saving.save_diffusers(tmp_path / "out", loading.load_model(labelled_workdir))
+    assert not (tmp_path / "out").exists()
 
 
 def test_pixels_have_no_first_stage(pixel_workdir):

@@ -83,8 +83,11 @@ def test_there_are_configs():
 
 
 @every_variant
-def test_variant_is_valid(name, variant):
-    checked(MODULES[name].get_config(variant))
+def test_variant_is_valid_and_with_a_wrong_value_it_is_not(name, variant):
+    config = checked(MODULES[name].get_config(variant))
+    config.log_every = 0
+    with pytest.raises(UserError, match="log_every=0"):
+        config_checks.check_config(config)
 
 
 @every_variant

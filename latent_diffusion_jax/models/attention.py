@@ -66,9 +66,7 @@ def _attention(
     return jnp.swapaxes(jnp.einsum("bhmn,bhmd->bhnd", weights, v), 1, 2)
 
 
-def step_sizes(
-    batch: int, queries: int, heads: int, keys: int, *, on_cpu: bool
-) -> tuple[int, int]:
+def step_sizes(batch: int, queries: int, heads: int, keys: int, *, on_cpu: bool) -> tuple[int, int]:
     """How many heads and queries have their scores computed at a time.
 
     CPUs are fastest where the scores of a step stay in their caches; accelerators want as much work

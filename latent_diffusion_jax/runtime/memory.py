@@ -20,16 +20,21 @@ def without_accelerators() -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Keeps freed memory for what is allocated next, however large; False where that cannot be.
+    """Keeps freed memory for what is allocated next, however large, where JAX computes on CPUs.
 
-    On CPUs a compiled program allocates all its intermediate arrays as one block whenever it runs.
+    There a compiled program allocates all its intermediate arrays as one block whenever it runs.
     By default glibc maps a large block anew each time and hands it back afterwards, and the system
     clears every page when it is first touched: a quarter of the time of a small model's train step.
 
     Only the heap of the main thread can grow as far as it takes, so programs are dispatched from
     there. The process keeps as much memory as it ever needed, so this is for those that do the same
-    thing over and over. Call it before JAX is first used. Other C libraries are left as they are.
+    thing over and over. Call it before JAX is first used.
+
+    Returns:
+      Whether it does: not with accelerators, nor with another C library than glibc.
     """
+    if not without_accelerators():
+        return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):

@@ -46,7 +46,6 @@ def path(tmp_path):
     return path
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's count of memory")
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
