@@ -1,5 +1,6 @@
 """Models that others have published: folders of diffusers, and single files of CompVis' code."""
 
+import dataclasses
 import pathlib
 import tempfile
 from collections.abc import Mapping
@@ -152,7 +153,7 @@ def load_file(
     size = 256
     if isinstance(network, ClipTextEncoder):
         size = 768 if second and prediction_type == "v" else 512
-    return assembled(
+    model = assembled(
         where,
         first,
         first.scaling_factor or single_files.SCALE_FACTORS[first.kind],
@@ -164,6 +165,7 @@ def load_file(
         notes.image_size or size,
         null_label,
     )
+    return dataclasses.replace(model, label_names=notes.label_names)
 
 
 def _text_of_file(

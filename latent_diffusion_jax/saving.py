@@ -193,6 +193,7 @@ def _notes(model: Model) -> single_files.Notes:
         text_heads=getattr(ldm.conditioner, "num_heads", None),
         image_size=ldm.image_size,
         null_label=model.null_label,
+        label_names=list(model.label_names),
         settings=dataclasses.asdict(model.settings),
         tokenizer={name: content.decode("utf-8") for name, content in words.items()},
     )

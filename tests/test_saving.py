@@ -89,6 +89,7 @@ def test_single_files_written_here_need_no_arguments(single_file):
         ({"prediction_type": 3}, "is damaged, or of another version"),
         ({"colour": "red"}, "is damaged, or of another version"),
         ({"tokenizer": {"vocab.json": 1}}, "is damaged, or of another version"),
+        ({"label_names": ["cat", 2]}, "is damaged, or of another version"),
         ({"settings": {"speed": 1}}, "of another version: it has the setting 'speed'"),
         ({"num_heads": 3}, "num_heads=3 does not divide"),
         ({"prediction_type": "w"}, "unknown prediction_type 'w'"),

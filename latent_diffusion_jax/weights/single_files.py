@@ -56,6 +56,7 @@ class Notes:
       text_heads: of the text encoder.
       image_size: pixels a side that the model was trained on.
       null_label: that stands for no class.
+      label_names: names of the classes.
       settings: keyword arguments of `sampling.Settings`.
       tokenizer: contents of its files by name.
     """
@@ -66,6 +67,7 @@ class Notes:
     text_heads: int | None = None
     image_size: int | None = None
     null_label: int | None = None
+    label_names: list[str] = dataclasses.field(default_factory=list)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -97,6 +99,8 @@ def _is(value: Any, name: str) -> bool:
     """Whether a note's value is of the kind that it should be."""
     if name == "settings":
         return isinstance(value, dict)
+    if name == "label_names":
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
     if name == "tokenizer":
         return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
     kind = str if name == "prediction_type" else int

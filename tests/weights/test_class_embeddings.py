@@ -1,12 +1,14 @@
 """LDM's models of classes: single files in CompVis' layout."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 import torch
 
 import latent_diffusion_jax
-from latent_diffusion_jax import saving
+from latent_diffusion_jax import loading, saving
 from latent_diffusion_jax.diffusion.schedules import make_schedule
 from latent_diffusion_jax.ldm import LatentDiffusion
 from latent_diffusion_jax.loaded_model import Model
@@ -78,6 +80,15 @@ def test_models_of_classes_in_single_files(single_file):
         said, arguments = "no label for guidance", {"label": 3, "guidance_scale": 2.0}
     with pytest.raises(UserError, match=said):
         pipe(**arguments, **options)
+
+
+def test_names_of_labels_are_kept_in_single_files(single_file, tmp_path):
+    count, model, _ = single_file
+    names = [f"class {number}" for number in range(1000)]
+    named = dataclasses.replace(model, label_names=names)
+    saving.save_single_file(tmp_path / "model.safetensors", named)
+    found = loading.load_model(tmp_path / "model.safetensors")
+    assert found.label_names == names and found.ldm.num_labels == count
 
 
 def test_labels_that_the_unet_embeds_have_no_single_file(single_file, tmp_path):
