@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion_jax.models.layers import Dense, GroupNorm, conv
+from latent_diffusion_jax.models.layers import Dense, GroupNorm, conv, stored
 
 # Numbers of scores; where there are more, they are computed in parts.
 CPU_SCORES = 2**20
@@ -73,12 +73,11 @@ def step_sizes(batch: int, queries: int, heads: int, keys: int, *, on_cpu: bool)
     in a step as their memory allows.
     """
     scores = batch * heads * queries * keys
-    if on_cpu:
-        return (heads, queries) if scores <= CPU_SCORES else (1, min(256, queries))
-    if scores <= ACCELERATOR_SCORES:
+    limit, group, unit = (CPU_SCORES, 1, 64) if on_cpu else (ACCELERATOR_SCORES, heads, 128)
+    if scores <= limit:
         return heads, queries
-    fitting = ACCELERATOR_SCORES // (batch * heads * keys)
-    return heads, min(max(fitting // 128, 1) * 128, queries)
+    fitting = limit // (batch * group * keys)
+    return group, min(max(fitting // unit, 1) * unit, queries)
 
 
 def _hide_later_keys(scores: jax.Array, places: jax.Array) -> jax.Array:
@@ -119,10 +118,9 @@ def _attention_in_steps(
             if causal:
                 scores = _hide_later_keys(scores, places)
             weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(1, keepdims=True)))
-            out = jnp.einsum(
-                "bdm,bmn->bdn", v, weights.astype(v.dtype), preferred_element_type=jnp.float32
-            )
-            return (out / weights.sum(1, keepdims=True)).astype(v.dtype)
+            weights = stored(weights.astype(v.dtype))
+            out = jnp.einsum("bdm,bmn->bdn", v, weights, preferred_element_type=jnp.float32)
+            return (out / weights.sum(1, keepdims=True, dtype=jnp.float32)).astype(v.dtype)
 
         return jax.lax.map(of_block, (q, places))
 

@@ -1,12 +1,12 @@
 """Layers that the autoencoder, the UNet and the text encoder share. NHWC throughout."""
 
-import functools
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from latent_diffusion_jax.models.half_precision import conv_general_dilated, dot_general
 
 NORM_STATISTICS = "norm_statistics"  # a collection of variables
 
@@ -101,67 +101,6 @@ class Dense(nn.Module):
         )
         y = dense(x.reshape(-1, x.shape[-1]))
         return y.reshape(*x.shape[:-1], self.features)
-
-
-def dot_general(
-    x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any
-) -> jax.Array:
-    """`jax.lax.dot_general`, for `nn.Dense`; in bfloat16 on CPUs summed in float32.
-
-    Accelerators do so anyway; XLA's CPU backend has a kernel for it that is twice as fast as that
-    for float32, and none for sums in bfloat16.
-    """
-
-    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
-
-    def in_float32(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        wide = options | {"preferred_element_type": jnp.float32}
-        return jax.lax.dot_general(x, kernel, dimension_numbers, **wide).astype(x.dtype)
-
-    if x.dtype != jnp.bfloat16:
-        return plain(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=in_float32, default=plain)
-
-
-def conv_general_dilated(
-    x: jax.Array, kernel: jax.Array, window_strides: Any, padding: Any, **options: Any
-) -> jax.Array:
-    """`jax.lax.conv_general_dilated` of [B, H, W, C], for `nn.Conv`; in bfloat16 on CPUs by dots.
-
-    XLA's CPU backend has no convolutions in bfloat16: those of stride 1 become a product of
-    matrices for each entry of the kernel, summed in float32.
-    """
-
-    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
-
-    if x.dtype != jnp.bfloat16 or tuple(window_strides) != (1, 1):
-        return plain(x, kernel)
-    pads = padding
-    if isinstance(pads, str):
-        pads = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (1, 1), pads)
-    by_dots = functools.partial(_conv_by_dots, pads=pads)
-    return jax.lax.platform_dependent(x, kernel, cpu=by_dots, default=plain)
-
-
-def _conv_by_dots(x: jax.Array, kernel: jax.Array, pads: Sequence[tuple[int, int]]) -> jax.Array:
-    """[B, H, W, C] and a kernel [h, w, C, D], with stride 1, to [B, H', W', D]."""
-    rows, columns = kernel.shape[:2]
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    height, width = x.shape[1] - rows + 1, x.shape[2] - columns + 1
-    dimension_numbers = (((3,), (0,)), ((), ()))
-    parts = [
-        jax.lax.dot_general(
-            x[:, i : i + height, j : j + width],
-            kernel[i, j],
-            dimension_numbers,
-            preferred_element_type=jnp.float32,
-        )
-        for i in range(rows)
-        for j in range(columns)
-    ]
-    return functools.reduce(jnp.add, parts).astype(x.dtype)
 
 
 def conv(

@@ -11,7 +11,6 @@ import numpy as np
 import rich.console
 import rich.progress
 from absl import logging
-from tensorboardX import SummaryWriter
 
 
 class _Formatter(python_logging.Formatter):
@@ -58,6 +57,8 @@ class RunWriter:
         self._enabled, self._stage = enabled, stage
         if not enabled:
             return
+        from tensorboardX import SummaryWriter  # imports PyTorch where that is installed
+
         path = workdir / "metrics.jsonl"
         _drop_rows(path, stage, start_step)
         self._jsonl = path.open("a", encoding="utf-8")

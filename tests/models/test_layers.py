@@ -14,8 +14,6 @@ from latent_diffusion_jax.models.layers import (
     GroupNorm,
     UpsampleConv,
     conv,
-    conv_general_dilated,
-    dot_general,
     stored,
     timestep_embedding,
 )
@@ -70,46 +68,6 @@ def lowered(function, platform: str, *arguments) -> str:
 def test_arrays_are_stored_on_cpus_alone():
     assert "optimization_barrier" in lowered(stored, "cpu", 1.0)
     assert "optimization_barrier" not in lowered(stored, "tpu", 1.0)
-
-
-def test_bfloat16_is_computed_otherwise_on_cpus_alone():
-    x, kernel = (jnp.ones(shape, jnp.bfloat16) for shape in ((1, 4, 4, 8), (3, 3, 8, 8)))
-
-    def convolved(x, kernel):
-        numbers = ("NHWC", "HWIO", "NHWC")
-        return conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
-
-    def multiplied(x, kernel):
-        return dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
-
-    assert "stablehlo.convolution" not in lowered(convolved, "cpu", x, kernel)
-    assert "stablehlo.convolution" in lowered(convolved, "tpu", x, kernel)
-    in_float32 = "-> tensor<1x4x4x8xf32>"
-    assert in_float32 in lowered(multiplied, "cpu", x, kernel)
-    assert in_float32 not in lowered(multiplied, "tpu", x, kernel)
-
-
-@pytest.mark.parametrize("kernel", [1, 2, 3])
-@pytest.mark.parametrize("padding", ["SAME", ((1, 0), (0, 1)), ((0, 0), (2, 1))])
-@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
-def test_convolutions_in_half_precision_are_the_same(kernel, padding, strides):
-    x, weights = normal(0, 2, 6, 5, 8), normal(1, kernel, kernel, 8, 4)
-    numbers = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-    def results(function, dtype):
-        def apply(x, weights):
-            y = function(x.astype(dtype), weights.astype(dtype), strides, padding, **numbers)
-            assert y.dtype == dtype
-            return jnp.vdot(normal(2, *y.shape), y.astype(jnp.float32)), y
-
-        (_, y), gradients = jax.value_and_grad(apply, (0, 1), has_aux=True)(x, weights)
-        return y, *gradients
-
-    found = results(conv_general_dilated, jnp.bfloat16)
-    expected = results(jax.lax.conv_general_dilated, jnp.float32)
-    for a, b in zip(found, expected, strict=True):
-        assert a.shape == b.shape
-        np.testing.assert_allclose(a.astype(np.float32), b, atol=0.03 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-2])
