@@ -117,7 +117,10 @@ def train_stage(
             loader.set_state(checkpoints.read_json(run.workdir / name, start_step, "data"))
             logging.info("%s: goes on from step %d", name, start_step)
         else:
-            state = at_start(jax.jit(stage.init, out_shardings=shardings)(init_key))
+            # In a function of its own, as the compiled program lives as long as that.
+            init = jax.jit(lambda key: stage.init(key), out_shardings=shardings)
+            state = at_start(init(init_key))
+            del init
         state = state.replace(frozen=frozen)
 
         everywhere, options = sharding.replicated(mesh), compiler_options()
