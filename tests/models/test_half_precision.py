@@ -7,16 +7,13 @@ import pytest
 
 from latent_diffusion_jax.models import half_precision
 from latent_diffusion_jax.models.half_precision import conv_general_dilated, dot_general
+from tests.lowering import lowered
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
     """Random numbers that bfloat16 holds, in float32."""
     numbers = np.random.default_rng(seed).normal(size=shape)
     return np.asarray(jnp.asarray(numbers, jnp.bfloat16), np.float32)
-
-
-def lowered(function, platform: str, *arguments) -> str:
-    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_bfloat16_is_computed_otherwise_on_cpus_alone():

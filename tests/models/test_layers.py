@@ -17,6 +17,7 @@ from latent_diffusion_jax.models.layers import (
     stored,
     timestep_embedding,
 )
+from tests.lowering import lowered
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -59,10 +60,6 @@ def test_stored_arrays_and_all_their_derivatives_are_the_same():
         )
 
     jax.tree.map(np.testing.assert_array_equal, results(stored), results(lambda x: x))
-
-
-def lowered(function, platform: str, *arguments) -> str:
-    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_arrays_are_stored_on_cpus_alone():
