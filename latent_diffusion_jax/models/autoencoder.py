@@ -1,6 +1,7 @@
 """KL and VQ autoencoders (VAE, VQGAN): the first stage of latent diffusion (LDM, section 3.1 and
 appendix G)."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +12,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion_jax.models import remat
 from latent_diffusion_jax.models.attention import PixelAttention
 from latent_diffusion_jax.models.layers import GroupNorm, UpsampleConv, conv
+from latent_diffusion_jax.models.precision import precise
 from latent_diffusion_jax.models.quantizer import (
     FiniteScalarQuantizer,
     Quantized,
@@ -97,23 +100,33 @@ class Middle(nn.Module):
     channels: int
     num_groups: int
     attention: bool
-    remat: bool = False
+    remat: str = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        res_block, attention = _blocks(self.remat)
-        x = res_block(self.channels, self.num_groups, self.dtype, name="block_1")(x)
+        res_block, attention = _blocks(self.num_groups, self.dtype, self.remat)
+        x = res_block(x, self.channels, "block_1")
         if self.attention:
-            x = attention(self.num_groups, self.dtype, name="attn_1")(x)
-        return res_block(self.channels, self.num_groups, self.dtype, name="block_2")(x)
+            x = attention(x, "attn_1")
+        return res_block(x, self.channels, "block_2")
 
 
-def _blocks(remat: bool) -> tuple[Any, Any]:
-    """The kinds of block; with `remat` the backward pass computes their insides anew."""
-    if remat:
-        return nn.remat(ResBlock), nn.remat(PixelAttention)
-    return ResBlock, PixelAttention
+def _blocks(num_groups: int, dtype: Any, policy: str) -> tuple[Any, Any]:
+    """Functions (x, channels, name) and (x, name) -> x: a residual block, and attention.
+
+    Called in a compact module.
+    """
+
+    def res_block(x: jax.Array, channels: int, name: str) -> jax.Array:
+        block = remat.of_block(ResBlock, policy)
+        return remat.named(block(channels, num_groups, dtype, name=name)(x))
+
+    def attention(x: jax.Array, name: str) -> jax.Array:
+        block = remat.of_block(PixelAttention, policy)
+        return remat.named(block(num_groups, dtype, name=name)(x))
+
+    return res_block, attention
 
 
 class Encoder(nn.Module):
@@ -126,33 +139,36 @@ class Encoder(nn.Module):
     attention_levels: Sequence[int]
     mid_attention: bool
     num_groups: int
-    remat: bool = False
+    remat: str = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        res_block, attention = _blocks(self.remat)
-        h = conv(self.channels, 3, self.dtype, "conv_in")(x)
+        res_block, attention = _blocks(self.num_groups, self.dtype, self.remat)
         last = len(self.channel_multipliers) - 1
-        for level, multiplier in enumerate(self.channel_multipliers):
-            width = self.channels * multiplier
+
+        def down(_: nn.Module, h: jax.Array, level: int) -> jax.Array:
+            width = self.channels * self.channel_multipliers[level]
             for i in range(self.num_res_blocks):
-                h = res_block(width, self.num_groups, self.dtype, name=f"down_{level}_block_{i}")(h)
+                h = res_block(h, width, f"down_{level}_block_{i}")
                 if level in self.attention_levels:
-                    h = attention(self.num_groups, self.dtype, name=f"down_{level}_attn_{i}")(h)
-            if level != last:
-                # Padded right and bottom only, as in the reference (the UNet pads all round).
-                h = conv(
-                    width,
-                    3,
-                    self.dtype,
-                    f"down_{level}_downsample",
-                    strides=2,
-                    padding=((0, 1), (0, 1)),
-                )(h)
-        h = Middle(
-            h.shape[-1], self.num_groups, self.mid_attention, self.remat, self.dtype, name="mid"
-        )(h)
+                    h = attention(h, f"down_{level}_attn_{i}")
+            if level == last:
+                return h
+            # Padded right and bottom only, as in the reference (the UNet pads all round).
+            name, padding = f"down_{level}_downsample", ((0, 1), (0, 1))
+            return remat.named(conv(width, 3, self.dtype, name, strides=2, padding=padding)(h))
+
+        def levels(network: nn.Module, x: jax.Array) -> jax.Array:
+            h = remat.named(conv(self.channels, 3, self.dtype, "conv_in")(x))
+            for level in range(last + 1):
+                through = functools.partial(down, level=level)
+                h = remat.of_level(through, self.remat)(network, h)
+            return Middle(
+                h.shape[-1], self.num_groups, self.mid_attention, self.remat, self.dtype, name="mid"
+            )(h)
+
+        h = remat.of_network(levels, self.remat)(self, x)
         h = nn.silu(GroupNorm(self.num_groups, epsilon=1e-6, name="norm_out")(h))
         return conv(self.out_channels, 3, self.dtype, "conv_out")(h)
 
@@ -167,24 +183,34 @@ class Decoder(nn.Module):
     attention_levels: Sequence[int]
     mid_attention: bool
     num_groups: int
-    remat: bool = False
+    remat: str = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
-        res_block, attention = _blocks(self.remat)
-        h = conv(self.channels * self.channel_multipliers[-1], 3, self.dtype, "conv_in")(z)
-        h = Middle(
-            h.shape[-1], self.num_groups, self.mid_attention, self.remat, self.dtype, name="mid"
-        )(h)
-        for level in reversed(range(len(self.channel_multipliers))):
+        res_block, attention = _blocks(self.num_groups, self.dtype, self.remat)
+
+        def up(_: nn.Module, h: jax.Array, level: int) -> jax.Array:
             width = self.channels * self.channel_multipliers[level]
             for i in range(self.num_res_blocks + 1):
-                h = res_block(width, self.num_groups, self.dtype, name=f"up_{level}_block_{i}")(h)
+                h = res_block(h, width, f"up_{level}_block_{i}")
                 if level in self.attention_levels:
-                    h = attention(self.num_groups, self.dtype, name=f"up_{level}_attn_{i}")(h)
-            if level != 0:
-                h = UpsampleConv(width, self.dtype, name=f"up_{level}_upsample")(h)
+                    h = attention(h, f"up_{level}_attn_{i}")
+            if level == 0:
+                return h
+            return remat.named(UpsampleConv(width, self.dtype, name=f"up_{level}_upsample")(h))
+
+        def levels(network: nn.Module, z: jax.Array) -> jax.Array:
+            width = self.channels * self.channel_multipliers[-1]
+            h = remat.named(conv(width, 3, self.dtype, "conv_in")(z))
+            h = Middle(
+                h.shape[-1], self.num_groups, self.mid_attention, self.remat, self.dtype, name="mid"
+            )(h)
+            for level in reversed(range(len(self.channel_multipliers))):
+                h = remat.of_level(functools.partial(up, level=level), self.remat)(network, h)
+            return h
+
+        h = remat.of_network(levels, self.remat)(self, z)
         h = nn.silu(GroupNorm(self.num_groups, epsilon=1e-6, name="norm_out")(h))
         return conv(self.out_channels, 3, self.dtype, "conv_out")(h)
 
@@ -201,8 +227,9 @@ class _Autoencoder(nn.Module):
     attention_levels: Sequence[int] = ()  # 0 is full resolution
     mid_attention: bool = True
     num_groups: int = 32
-    remat: bool = False  # compute the blocks' insides anew in the backward pass, to save memory
-    dtype: Any = jnp.float32  # of the computation; parameters stay float32
+    remat: str = "none"  # what the backward pass computes anew, to save memory; see `remat`
+    dtype: Any = jnp.float32  # of the computation; parameters have their own
+    precision: str = "high"  # of products in float32; see `precision`
 
     @property
     def downsampling_factor(self) -> int:
@@ -225,6 +252,7 @@ class _Autoencoder(nn.Module):
         self.quant_conv = nn.Conv(moments * self.embed_dim, (1, 1), dtype=self.dtype)
         self.post_quant_conv = nn.Conv(self.z_channels, (1, 1), dtype=self.dtype)
 
+    @precise
     def _moments(self, x: jax.Array) -> jax.Array:
         chex.assert_shape(x, (None, None, None, self.image_channels))
         factor = self.downsampling_factor
@@ -235,6 +263,7 @@ class _Autoencoder(nn.Module):
             )
         return self.quant_conv(self.encoder(x))
 
+    @precise
     def _decode(self, z: jax.Array) -> jax.Array:
         chex.assert_shape(z, (None, None, None, self.embed_dim))
         return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)

@@ -11,8 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion_jax.models.attention import dot_product_attention
+from latent_diffusion_jax.models.dot_product_attention import dot_product_attention
 from latent_diffusion_jax.models.layers import Dense
+from latent_diffusion_jax.models.precision import precise
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -26,6 +27,15 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+# Those of Stable Diffusion 1 and 2, as fields of `ClipTextEncoder`.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "ViT-L/14": dict(vocab_size=49_408, max_length=77, width=768, depth=12, num_heads=12,
+                     activation="quick_gelu", output_layer=-1),
+    "ViT-H/14": dict(vocab_size=49_408, max_length=77, width=1_024, depth=24, num_heads=16,
+                     activation="gelu", output_layer=-2),
+}  # fmt: skip
 
 
 class CausalAttention(nn.Module):
@@ -62,13 +72,15 @@ class ClipTextEncoder(nn.Module):
     activation: str = "quick_gelu"  # or "gelu"
     output_layer: int = -1  # whose output is the context: -1 the last, -2 the one before it, ...
     final_norm: bool = True  # of that output, whichever layer it is of
-    dtype: Any = jnp.float32  # of the computation; parameters stay float32
+    dtype: Any = jnp.float32  # of the computation; parameters have their own
+    precision: str = "high"  # of products in float32; see `precision`
 
     @property
     def layers_run(self) -> int:
         """Layers up to the output layer; those after it have no parameters."""
         return self.depth + 1 + self.output_layer
 
+    @precise
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Token ids [B, L], L at most `max_length` -> context [B, L, width] in `dtype`.

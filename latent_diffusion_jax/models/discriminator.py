@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion_jax.models.precision import precise
+
 NORMS = ("batch", "activation")
 
 
@@ -57,7 +59,9 @@ class PatchDiscriminator(nn.Module):
     num_layers: int = 3  # strided convolutions; the receptive field is 34 for two, 70 for three
     norm: str = "batch"  # or "activation"
     dtype: Any = jnp.float32
+    precision: str = "high"  # of products in float32; see `precision`
 
+    @precise
     @nn.compact
     def __call__(self, x: jax.Array, initialize: bool = False) -> jax.Array:
         """`initialize`: let activation norms start from these images (parameters mutable)."""

@@ -132,8 +132,8 @@ class UpsampleConv(nn.Module):
 
     Where pixels are repeated, the 3x3 kernel meets only 2x2 different ones, others for each of the
     four pixels of a square: so there are four 2x2 kernels, sums of the 3x3 kernel's entries, and
-    the larger image is never stored. (One convolution to four times the channels would do as well,
-    but XLA's CPU backend takes fifty times as long for its weight gradient.)
+    the larger image is never stored. They are one convolution to four times the channels, but on
+    CPUs, where XLA would take fifty times as long for its weight gradient.
     """
 
     features: int
@@ -146,25 +146,57 @@ class UpsampleConv(nn.Module):
         shape = (3, 3, c, self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-
-        def of_row(row: int) -> jax.Array:
-            return jnp.stack([of_pixel(row, column) for column in (0, 1)], axis=3)
-
-        def of_pixel(row: int, column: int) -> jax.Array:
-            # The even pixels look back, [k0, k1 + k2]; the odd ones ahead, [k0 + k1, k2].
-            folded = jnp.stack([kernel[: 1 + row].sum(0), kernel[1 + row :].sum(0)])
-            before, after = folded[:, : 1 + column], folded[:, 1 + column :]
-            folded = jnp.stack([before.sum(1), after.sum(1)], axis=1)
-            return conv_general_dilated(
-                x.astype(self.dtype),
-                folded.astype(self.dtype),
-                window_strides=(1, 1),
-                padding=((1 - row, row), (1 - column, column)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
-
-        y = jnp.stack([of_row(0), of_row(1)], axis=2)  # [B, H, 2, W, 2, features]
+        kernels = [[_folded(kernel, row, column) for column in (0, 1)] for row in (0, 1)]
+        kernels = jax.tree.map(lambda k: k.astype(self.dtype), kernels)
+        y = jax.lax.platform_dependent(
+            x.astype(self.dtype), kernels, cpu=_four_convolutions, default=_one_convolution
+        )  # [B, H, 2, W, 2, features]
         return y.reshape(b, 2 * h, 2 * w, self.features) + bias.astype(self.dtype)
+
+
+def _folded(kernel: jax.Array, row: int, column: int) -> jax.Array:
+    """The 2x2 kernel of one pixel of a square, of a 3x3 kernel's entries.
+
+    The even pixels look back, [k0, k1 + k2]; the odd ones ahead, [k0 + k1, k2].
+    """
+    folded = jnp.stack([kernel[: 1 + row].sum(0), kernel[1 + row :].sum(0)])
+    before, after = folded[:, : 1 + column], folded[:, 1 + column :]
+    return jnp.stack([before.sum(1), after.sum(1)], axis=1)
+
+
+def _four_convolutions(x: jax.Array, kernels: list[list[jax.Array]]) -> jax.Array:
+    def of_row(row: int) -> jax.Array:
+        return jnp.stack([of_pixel(row, column) for column in (0, 1)], axis=3)
+
+    def of_pixel(row: int, column: int) -> jax.Array:
+        padding = ((1 - row, row), (1 - column, column))
+        return _convolved(x, kernels[row][column], padding)
+
+    return jnp.stack([of_row(0), of_row(1)], axis=2)
+
+
+def _one_convolution(x: jax.Array, kernels: list[list[jax.Array]]) -> jax.Array:
+    """Of all four kernels at all places: those of the odd pixels are taken one place further."""
+    h, w = x.shape[1:3]
+    joined = jnp.concatenate([kernel for row in kernels for kernel in row], axis=-1)
+    y = _convolved(x, joined, ((1, 1), (1, 1)))
+    y = y.reshape(*y.shape[:-1], 2, 2, -1)  # [B, H + 1, W + 1, 2, 2, features]
+
+    def of_row(row: int) -> jax.Array:
+        columns = [y[:, row : row + h, i : i + w, row, i] for i in (0, 1)]
+        return jnp.stack(columns, axis=3)
+
+    return jnp.stack([of_row(0), of_row(1)], axis=2)
+
+
+def _convolved(x: jax.Array, kernel: jax.Array, padding: Any) -> jax.Array:
+    return conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(1, 1),
+        padding=padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
 
 
 def average_pool(x: jax.Array) -> jax.Array:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion_jax.models.precision import precise
+
 # Convolutions of VGG16 up to relu5_3, by block; features are taken at the end of each.
 VGG_BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
@@ -38,7 +40,9 @@ class LPIPS(nn.Module):
     """
 
     dtype: Any = jnp.float32
+    precision: str = "highest"  # of products in float32: figures are compared across machines
 
+    @precise
     @nn.compact
     def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
         vgg = VGG16(self.dtype, name="vgg")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from latent_diffusion_jax.models.attention import Attention
 from latent_diffusion_jax.models.layers import Dense
+from latent_diffusion_jax.models.precision import precise
 
 
 class TextTransformer(nn.Module):
@@ -23,8 +24,10 @@ class TextTransformer(nn.Module):
     depth: int = 32
     num_heads: int = 8
     head_dim: int = 64  # heads * head_dim need not be the width
-    dtype: Any = jnp.float32  # of the computation; parameters stay float32
+    dtype: Any = jnp.float32  # of the computation; parameters have their own
+    precision: str = "high"  # of products in float32; see `precision`
 
+    @precise
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         if tokens.shape[-1] != self.max_length:

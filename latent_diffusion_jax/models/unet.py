@@ -1,5 +1,6 @@
 """The denoising UNet (LDM, section 3.3; figure 3), with the options of the published models."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,8 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion_jax.models import remat
 from latent_diffusion_jax.models.attention import PixelAttention, SpatialTransformer
 from latent_diffusion_jax.models.layers import Dense, GroupNorm, conv, timestep_embedding
+from latent_diffusion_jax.models.precision import precise
 from latent_diffusion_jax.models.unet_blocks import TimeResBlock, downsample, upsample
 
 ATTENTIONS = ("transformer", "self")
@@ -37,11 +40,12 @@ class UNet(nn.Module):
     resblock_updown: bool = False  # residual blocks change the resolution, not convolutions
     conv_resample: bool = True  # or averages and repeated pixels do, without parameters
     as_in_ddpm: bool = False  # timesteps' sinusoids and padding of Ho et al., not of LDM
-    dropout: float = 0.0  # in residual blocks, where a random key named dropout is given
+    dropout: float = 0.0  # in residual blocks, where keys are given for it
     num_groups: int = 32
     norm_epsilon: float = 1e-5  # of all norms but the transformers'
-    remat: bool = False  # compute the blocks' insides anew in the backward pass, to save memory
-    dtype: Any = jnp.float32  # of the computation; parameters stay float32
+    remat: str = "none"  # what the backward pass computes anew, to save memory; see `remat`
+    dtype: Any = jnp.float32  # of the computation; parameters have their own
+    precision: str = "high"  # of products in float32; see `precision`
 
     @property
     def heads(self) -> tuple[tuple[int, int], ...]:
@@ -128,6 +132,7 @@ class UNet(nn.Module):
             embedding += layers(vector, "vector_embed")
         return embedding
 
+    @precise
     @nn.compact
     def __call__(
         self,
@@ -135,6 +140,7 @@ class UNet(nn.Module):
         t: jax.Array,
         context: jax.Array | None = None,
         vector: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
         """Predicts epsilon (or what the objective asks for).
 
@@ -143,6 +149,8 @@ class UNet(nn.Module):
           t: timesteps [B].
           context: tokens to attend to [B, L, D], or None: attention to the latents themselves.
           vector: labels [B] in [0, num_classes), or vectors [B, vector_dim]; None without both.
+          dropout_keys: random keys of the examples [B], with which dropout is active; an example's
+            mask depends on its own alone.
 
         Returns:
           [B, h, w, out_channels], float32.
@@ -152,15 +160,15 @@ class UNet(nn.Module):
         """
         self._check_call(z_t, context, vector)
         heads, depths = self.heads, self.transformer_depths
-        wrap = nn.remat if self.remat else lambda module: module
         res_block, transformer, pixel_attention = (
-            wrap(module) for module in (TimeResBlock, SpatialTransformer, PixelAttention)
+            remat.of_block(module, self.remat)
+            for module in (TimeResBlock, SpatialTransformer, PixelAttention)
         )
         embedding = self._embed(t, vector)
         context = None if context is None else context.astype(self.dtype)
 
         def res(x: jax.Array, width: int, name: str, resample: str = "") -> jax.Array:
-            return res_block(
+            y = res_block(
                 width,
                 self.num_groups,
                 self.dtype,
@@ -169,12 +177,13 @@ class UNet(nn.Module):
                 self.dropout,
                 self.norm_epsilon,
                 name=name,
-            )(x, embedding)
+            )(x, embedding, dropout_keys)
+            return remat.named(y)
 
         def attend(x: jax.Array, level: int, name: str) -> jax.Array:
             number, dim = heads[level]
             if self.attention == "self":
-                return pixel_attention(
+                y = pixel_attention(
                     self.num_groups,
                     self.dtype,
                     number,
@@ -182,51 +191,73 @@ class UNet(nn.Module):
                     zero_init=True,
                     name=f"{name}_attention",
                 )(x)
-            return transformer(
-                number,
-                dim,
-                depths[level],
-                self.num_groups,
-                self.dtype,
-                name=f"{name}_transformer",
-            )(x, context)
+            else:
+                y = transformer(
+                    number,
+                    dim,
+                    depths[level],
+                    self.num_groups,
+                    self.dtype,
+                    name=f"{name}_transformer",
+                )(x, context)
+            return remat.named(y)
 
         def block(x: jax.Array, level: int, name: str) -> jax.Array:
             x = res(x, self.channels * self.channel_multipliers[level], f"{name}_res")
             return attend(x, level, name) if level in self.attention_levels else x
 
-        h = conv(self.channels, 3, self.dtype, "conv_in")(z_t.astype(self.dtype))
-        skips = [h]
         last = len(self.channel_multipliers) - 1
-        for level in range(last + 1):
+
+        def down(_: nn.Module, h: jax.Array, level: int) -> list[jax.Array]:
+            """What the level's blocks give, and what goes to the next level: all are skips."""
+            found = []
             for i in range(self.num_res_blocks):
                 h = block(h, level, f"down_{level}_{i}")
-                skips.append(h)
-            if level != last:
-                name = f"down_{level}_downsample"
-                if self.resblock_updown:
-                    h = res(h, h.shape[-1], name, "down")
-                else:
-                    padding = (0, 1) if self.as_in_ddpm else (1, 1)
-                    h = downsample(h, self.conv_resample, self.dtype, name, padding)
-                skips.append(h)
+                found.append(h)
+            if level == last:
+                return found
+            name = f"down_{level}_downsample"
+            if self.resblock_updown:
+                h = res(h, h.shape[-1], name, "down")
+            else:
+                padding = (0, 1) if self.as_in_ddpm else (1, 1)
+                h = remat.named(downsample(h, self.conv_resample, self.dtype, name, padding))
+            return [*found, h]
 
-        width = h.shape[-1]
-        h = res(h, width, "mid_0_res")
-        h = attend(h, last, "mid_0")
-        h = res(h, width, "mid_1_res")
+        def middle(_: nn.Module, h: jax.Array) -> jax.Array:
+            width = h.shape[-1]
+            h = res(h, width, "mid_0_res")
+            h = attend(h, last, "mid_0")
+            return res(h, width, "mid_1_res")
 
-        for level in reversed(range(last + 1)):
-            for i in range(self.num_res_blocks + 1):
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
+        def up(_: nn.Module, h: jax.Array, skips: list[jax.Array], level: int) -> jax.Array:
+            for i, skip in enumerate(reversed(skips)):
+                h = jnp.concatenate([h, skip], axis=-1)
                 h = block(h, level, f"up_{level}_{i}")
-            if level != 0:
-                name = f"up_{level}_upsample"
-                if self.resblock_updown:
-                    h = res(h, h.shape[-1], name, "up")
-                else:
-                    h = upsample(h, self.conv_resample, self.dtype, name)
+            if level == 0:
+                return h
+            name = f"up_{level}_upsample"
+            if self.resblock_updown:
+                return res(h, h.shape[-1], name, "up")
+            return remat.named(upsample(h, self.conv_resample, self.dtype, name))
 
+        def levels(network: nn.Module, z_t: jax.Array) -> jax.Array:
+            def through(function: Any, *arrays: Any, **static: int) -> Any:
+                function = functools.partial(function, **static)
+                return remat.of_level(function, self.remat)(network, *arrays)
+
+            h = remat.named(conv(self.channels, 3, self.dtype, "conv_in")(z_t))
+            skips = [h]
+            for level in range(last + 1):
+                skips += through(down, skips[-1], level=level)
+            h = through(middle, skips[-1])
+            for level in reversed(range(last + 1)):
+                first = len(skips) - self.num_res_blocks - 1
+                skips, own = skips[:first], skips[first:]
+                h = through(up, h, own, level=level)
+            return h
+
+        h = remat.of_network(levels, self.remat)(self, z_t.astype(self.dtype))
         h = nn.silu(GroupNorm(self.num_groups, self.norm_epsilon, name="norm_out")(h))
         return conv(self.out_channels, 3, self.dtype, "conv_out", zero_init=True)(h).astype(
             jnp.float32

@@ -14,13 +14,14 @@ from latent_diffusion_jax.models.layers import (
     conv,
     repeat_pixels,
 )
+from latent_diffusion_jax.runtime.randomness import dropout
 
 
 class TimeResBlock(nn.Module):
     """Residual block that takes in an embedding of the timestep; starts as its shortcut.
 
     It can change the resolution on its way, of both its branches and without a convolution for it.
-    Dropout is active where a random key named `dropout` is given.
+    Dropout is active where keys are given for it.
     """
 
     channels: int
@@ -32,8 +33,10 @@ class TimeResBlock(nn.Module):
     epsilon: float = 1e-5  # of the norms
 
     @nn.compact
-    def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
-        """x [B, h, w, C], embedding [B, E] -> [B, h, w, channels], or resampled."""
+    def __call__(
+        self, x: jax.Array, embedding: jax.Array, dropout_keys: jax.Array | None = None
+    ) -> jax.Array:
+        """x [B, h, w, C], embedding [B, E], keys [B] -> [B, h, w, channels], or resampled."""
         h = nn.silu(GroupNorm(self.num_groups, self.epsilon, name="norm_in")(x))
         if self.resample == "up":
             x = repeat_pixels(x)
@@ -53,8 +56,8 @@ class TimeResBlock(nn.Module):
         else:
             h = norm(h + embedded)
         h = nn.silu(h)
-        if self.dropout and self.has_rng("dropout"):
-            h = nn.Dropout(self.dropout, deterministic=False)(h)
+        if self.dropout and dropout_keys is not None:
+            h = dropout(h, self.dropout, dropout_keys, self.path)
         h = conv(self.channels, 3, self.dtype, "conv_out", zero_init=True)(h)
         if x.shape[-1] != self.channels:
             x = conv(self.channels, 1, self.dtype, "shortcut")(x)

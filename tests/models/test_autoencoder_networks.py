@@ -151,7 +151,7 @@ def test_rematerialisation_changes_no_value_and_no_name(kind):
     network, fields = KINDS[kind]
     fields = ONE_BLOCK | fields | dict(attention_levels=(1,))
     images = normal(2, 1, 8, 8, 3)
-    plain, remat = network(**fields), network(**fields, remat=True)
+    plain, remat = network(**fields), network(**fields, remat="blocks")
     params = draw_params(plain, images)
     assert jax.tree.structure(params) == jax.tree.structure(shapes_of(remat, images))
     decoded, same = (jax.jit(model.apply)({"params": params}, images) for model in (plain, remat))
@@ -171,7 +171,7 @@ def test_rematerialisation_changes_no_gradient():
         return gradient.lower().compile()(params), blocks
 
     gradients, none = run(AutoencoderKL(**fields))
-    same, some = run(AutoencoderKL(**fields, remat=True))
+    same, some = run(AutoencoderKL(**fields, remat="blocks"))
     assert none == 0 and some > 0
     largest = max(np.abs(g).max() for g in jax.tree.leaves(gradients))
     jax.tree.map(

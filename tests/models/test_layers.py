@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
+from latent_diffusion_jax.models import layers
 from latent_diffusion_jax.models.layers import (
     NORM_STATISTICS,
     Dense,
@@ -230,3 +231,12 @@ def test_upsample_conv_computes_in_the_dtype_it_is_given(random_params):
     np.testing.assert_allclose(
         y.astype(jnp.float32), full.apply(params, x.astype(jnp.float32)), rtol=0, atol=0.05
     )
+
+
+def test_both_forms_of_a_convolved_upsampling_are_the_same():
+    x = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float32)
+    kernel = np.random.default_rng(1).normal(size=(3, 3, 4, 6)).astype(np.float32)
+    kernels = [[layers._folded(kernel, row, column) for column in (0, 1)] for row in (0, 1)]
+    four, one = layers._four_convolutions(x, kernels), layers._one_convolution(x, kernels)
+    assert four.shape == one.shape == (2, 3, 2, 5, 2, 6)
+    np.testing.assert_allclose(one, four, rtol=0, atol=1e-5)

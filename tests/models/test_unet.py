@@ -125,13 +125,13 @@ VARIANTS = {
     ),
     "vectors": TWO | dict(
         attention_levels=(1,), num_heads=2, head_dim=0, vector_dim=6, scale_shift_norm=True,
-        remat=True,
+        remat="blocks",
     ),
     "self": TWO | dict(attention_levels=(1,), attention="self", norm_epsilon=1e-6),
     "ddpm": TWO | dict(attention_levels=(1,), attention="self", head_dim=32, as_in_ddpm=True),
     "res_blocks": dict(
         channel_multipliers=(1, 2, 2), num_res_blocks=1, attention_levels=(1,), attention="self",
-        resblock_updown=True, scale_shift_norm=True, num_classes=5, remat=True,
+        resblock_updown=True, scale_shift_norm=True, num_classes=5, remat="blocks",
     ),
 }  # fmt: skip
 SMALL = dict(channels=16, head_dim=8, num_groups=8)
@@ -265,7 +265,7 @@ def test_resampling_without_convolutions_is_averaging_and_repeating(random_param
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", "blocks"])
 def test_dropout_is_active_where_a_key_is_given(random_params, remat):
     fields = SMALL | dict(channel_multipliers=(1,), num_res_blocks=1, attention_levels=())
     model, without = UNet(**fields, dropout=0.5, remat=remat), UNet(**fields)
@@ -274,7 +274,8 @@ def test_dropout_is_active_where_a_key_is_given(random_params, remat):
 
     @jax.jit
     def run(key):
-        return model.apply({"params": params}, *arguments, rngs={"dropout": key})
+        keys = jax.random.split(key, 2)
+        return model.apply({"params": params}, *arguments, dropout_keys=keys)
 
     expected = jax.jit(without.apply)({"params": params}, *arguments)
     np.testing.assert_array_equal(jax.jit(model.apply)({"params": params}, *arguments), expected)
@@ -290,7 +291,7 @@ def test_dropout_keeps_the_mean_of_what_a_block_adds(random_params):
     run = [
         jax.jit(
             lambda key, rate=rate: TimeResBlock(8, num_groups=4, dropout=rate).apply(
-                {"params": params}, x, embedding, rngs={"dropout": key}
+                {"params": params}, x, embedding, jax.random.split(key, 256)
             )
         )(jax.random.key(0))
         for rate in (0.0, 0.25)
