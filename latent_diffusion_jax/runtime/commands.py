@@ -6,22 +6,40 @@ import pathlib
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
 from absl import app, flags
 
+from latent_diffusion_jax.runtime import clusters, distributed
 from latent_diffusion_jax.runtime.errors import UserError
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a command: parses flags, then `main`. A UserError ends it with one line and status 2."""
+def run(main: Callable[[], None], *, alone: bool = False) -> None:
+    """Runs a command: parses flags, then `main`. A UserError ends it with one line and status 2.
+
+    Args:
+      main: the command, which all processes run, where they are several.
+      alone: it is the work of one process; where there are several, none does it.
+    """
+    clusters.define_flags()
 
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")
-        main()
+        cluster = clusters.find(*clusters.flag_values())
+        if cluster is None:
+            main()
+            return
+        if alone:
+            raise UserError(
+                "this command is the work of one process, and it is started as one of "
+                f"{cluster.num_processes} (by flags, JAX_NUM_PROCESSES, SLURM, MPI or a TPU pod)"
+            )
+        distributed.connect(cluster)
+        _as_one_of_several(main)
 
     def parse(argv: Sequence[str]) -> list[str]:
         file = _config_file(argv)
@@ -42,6 +60,23 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _as_one_of_several(main: Callable[[], None]) -> None:
+    """Runs `main`; where it fails, all processes end, and without waiting for each other."""
+    try:
+        distributed.meet()
+        main()
+    except UserError as error:
+        distributed.fail(str(error), 2)
+    except KeyboardInterrupt:
+        distributed.fail("interrupted", 128 + signal.SIGINT)
+    except Exception:
+        distributed.fail(traceback.format_exc().strip(), 1)
+    except SystemExit:
+        distributed.finish()
+        raise
+    distributed.finish()
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -125,6 +160,7 @@ class StopRequest:
 
     def _on_signal(self, number: int, _: object) -> None:
         self.exit_status = 128 + number
-        name = signal.Signals(number).name
-        print(f"\n{name}: finishing this step, then saving; once more to quit", file=sys.stderr)
+        if distributed.process_index() == 0:
+            name = signal.Signals(number).name
+            print(f"\n{name}: finishing this step, then saving; once more to quit", file=sys.stderr)
         self.__exit__()

@@ -12,6 +12,8 @@ import rich.console
 import rich.progress
 from absl import logging
 
+from latent_diffusion_jax.runtime import distributed
+
 
 class _Formatter(python_logging.Formatter):
     """Time and message; warnings and errors say that they are."""
@@ -19,7 +21,9 @@ class _Formatter(python_logging.Formatter):
     def format(self, record: python_logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         level = "" if record.levelno <= python_logging.INFO else f"{record.levelname.lower()}: "
-        return f"{clock} {level}{record.getMessage()}"
+        process = distributed.process_index()
+        who = f"process {process}: " if process else ""
+        return f"{clock} {level}{who}{record.getMessage()}"
 
 
 class _CurrentStderr:
@@ -36,7 +40,10 @@ class _CurrentStderr:
 
 
 def set_up_logging() -> None:
-    """Shows this package's log lines and other packages' warnings, without their chatter."""
+    """Shows this package's log lines and other packages' warnings, without their chatter.
+
+    Of several processes the first one speaks; of the others errors are shown.
+    """
     package = str(pathlib.Path(__file__).parent.parent)
     handler = logging.get_absl_handler()
     handler.addFilter(
@@ -44,7 +51,7 @@ def set_up_logging() -> None:
     )
     handler.setFormatter(_Formatter())
     handler.python_handler.setStream(_CurrentStderr())
-    logging.set_verbosity(logging.INFO)
+    logging.set_verbosity(logging.INFO if distributed.process_index() == 0 else logging.ERROR)
 
 
 class RunWriter:

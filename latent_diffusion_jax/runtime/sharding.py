@@ -4,13 +4,16 @@ A mesh has the axes data, fsdp and tensor. Batches are split over data and fsdp;
 moving average and the optimizer's moments follow ordered rules on their names.
 """
 
+import functools
 import math
 import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from latent_diffusion_jax.runtime.errors import UserError
@@ -35,40 +38,64 @@ TENSOR_RULES = (
 MIN_FSDP_SIZE = 2**14
 
 
-def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices.
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices; neighbours in it are neighbours on the links of TPUs.
 
     Args:
-      sizes: devices along each of `AXES`; one may be -1 and takes what is left.
+      sizes: devices of a slice along each of `AXES`, and slices along each, as `dcn_data` and so
+        on: what is not there is 1, but for `dcn_data`, which is then all slices. One of each kind
+        may be -1 and takes what is left. Devices that are not TPUs in slices are one slice.
       devices: default all.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or of slices.
     """
-    devices = jax.devices() if devices is None else devices
-    shape = [sizes[axis] for axis in AXES]
-    given = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+    if devices is None:  # process by process, where no links say otherwise
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        index = getattr(device, "slice_index", 0) if _is_tpu(device) else 0
+        slices.setdefault(index or 0, []).append(device)
+    over = {f"dcn_{axis}": sizes.get(f"dcn_{axis}", -1 if axis == "data" else 1) for axis in AXES}
+    over_shape = _resolved(over, len(slices), "slices")
+    shape = _resolved({axis: sizes[axis] for axis in AXES}, len(devices) // len(slices), "devices")
+    arranged = np.array([_arranged(slices[i], shape) for i in sorted(slices)])
+    arranged = arranged.reshape(*over_shape, *shape).transpose(0, 3, 1, 4, 2, 5)
+    sides = [a * b for a, b in zip(over_shape, shape, strict=True)]
+    return Mesh(arranged.reshape(sides), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _resolved(sizes: Mapping[str, int], count: int, what: str) -> list[int]:
+    """Sizes that multiply to `count`, -1 replaced."""
+    shape = list(sizes.values())
+    given = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
         raise UserError(f"mesh sizes must be positive, at most one -1: {given}")
     if -1 in shape:
         known = math.prod(size for size in shape if size != -1)
-        if len(devices) % known:
-            raise UserError(f"{len(devices)} devices cannot be split into a mesh of {given}")
-        shape[shape.index(-1)] = len(devices) // known
-    if math.prod(shape) != len(devices):
+        if count % known:
+            raise UserError(f"{count} {what} cannot be split into a mesh of {given}")
+        shape[shape.index(-1)] = count // known
+    if math.prod(shape) != count:
         raise UserError(
-            f"mesh {given} needs {math.prod(shape)} devices, {len(devices)} are there "
+            f"mesh {given} needs {math.prod(shape)} {what}, {count} are there "
             "(-1 for one axis takes what is left)"
         )
-    if jax.process_count() > 1 and jax.local_device_count() % shape[-1]:
-        raise UserError(
-            f"mesh tensor={shape[-1]} must divide the {jax.local_device_count()} devices of a "
-            "process: its devices share rows of a batch, which one process reads"
-        )
-    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return shape
 
 
-def leaf_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def _arranged(devices: list[jax.Device], shape: list[int]) -> np.ndarray:
+    """The devices of one slice in the shape of a mesh."""
+    if not _is_tpu(devices[0]):
+        return np.array(devices).reshape(shape)
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def _is_tpu(device: Any) -> bool:
+    return getattr(device, "platform", "") == "tpu"
+
+
+def leaf_spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """Where a leaf with this name and shape is split; what does not divide is replicated."""
     axes: list[str | None] = [None] * len(shape)
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
@@ -113,7 +140,79 @@ def check_batch_size(batch_size: int, mesh: Mesh, key: str) -> None:
         )
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """This process' rows -> global arrays split over the mesh."""
+def over(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A jitted function, called with the mesh in context, which kernels inside it ask for."""
+
+    def call(*args: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return function(*args)
+
+    return call
+
+
+def own_rows(batch_size: int, mesh: Mesh) -> list[int]:
+    """The rows of a global batch that this process' devices work on, ascending.
+
+    On TPUs they need not follow each other, and where the tensor axis leaves a process, others
+    have the same ones.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (part,) in filter(None, places) for row in range(batch_size)[part]})
+
+
+def put_batch(batch: Any, mesh: Mesh, batch_size: int) -> Any:
+    """This process' rows, those of `own_rows` -> global arrays split over the mesh."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        shape = (batch_size, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+    return jax.tree.map(put, batch)
+
+
+def gathered(params: Any, dtype: Any) -> Any:
+    """Parameters as a network uses them: whole on each device, but for what the tensor axis splits.
+
+    Without this XLA may move activations to where parts of the weights are. Inside a program over
+    the mesh in context (`jax.set_mesh`), and nothing where the fsdp axis splits nothing. What is
+    gathered is first rounded to the dtype that the network computes in: that halves the bytes.
+
+    Args:
+      params: of one network.
+      dtype: that it computes in.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return params
+
+    def whole(path: Any, leaf: jax.Array) -> jax.Array:
+        spec = leaf_spec("/" + path_name(path), leaf.shape, mesh)
+        if "fsdp" not in spec:
+            return leaf
+        return _whole(leaf, dtype, spec)
+
+    return jax.tree_util.tree_map_with_path(whole, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _whole(leaf: jax.Array, dtype: Any, spec: P) -> jax.Array:
+    return jax.lax.with_sharding_constraint(leaf.astype(dtype), _without_fsdp(spec))
+
+
+def _whole_forward(leaf: jax.Array, dtype: Any, spec: P) -> tuple[jax.Array, jax.Array]:
+    return _whole(leaf, dtype, spec), leaf[:0]  # which tells the dtype
+
+
+def _whole_backward(dtype: Any, spec: P, empty: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    """Sums over the devices and splits at once: each of them gets its part alone."""
+    del dtype
+    gradient = jax.lax.with_sharding_constraint(gradient, _without_fsdp(spec))
+    return (jax.lax.with_sharding_constraint(gradient, spec).astype(empty.dtype),)
+
+
+_whole.defvjp(_whole_forward, _whole_backward)
+
+
+def _without_fsdp(spec: P) -> P:
+    return P(*(axis if axis == "tensor" else None for axis in spec))

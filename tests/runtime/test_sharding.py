@@ -245,7 +245,7 @@ def test_put_batch_splits_rows_over_data_and_fsdp():
     fsdp = 2 if count % 2 == 0 else 1
     mesh = sharding.make_mesh(sizes(data=-1, fsdp=fsdp))
     images = np.arange(2 * count * 3).reshape(2 * count, 3)
-    batch = sharding.put_batch({"image": images, "index": np.arange(2 * count)}, mesh)
+    batch = sharding.put_batch({"image": images, "index": np.arange(2 * count)}, mesh, 2 * count)
     np.testing.assert_array_equal(batch["image"], images)
     assert batch["index"].shape == (2 * count,)
     shards = sorted(batch["image"].addressable_shards, key=lambda shard: shard.index[0].start or 0)
@@ -257,7 +257,7 @@ def test_put_batch_splits_rows_over_data_and_fsdp():
 def test_put_batch_repeats_rows_along_the_tensor_axis():
     mesh = sharding.make_mesh(sizes(tensor=-1))
     images = np.arange(12).reshape(4, 3)
-    batch = sharding.put_batch(images, mesh)
+    batch = sharding.put_batch(images, mesh, 4)
     assert len(batch.addressable_shards) == jax.device_count()
     for shard in batch.addressable_shards:
         np.testing.assert_array_equal(shard.data, images)

@@ -1,0 +1,262 @@
+"""Several processes as one program: how they connect, end together and share values.
+
+Every process runs the same command. They connect before anything else is done with JAX. One that
+fails tells the others, which then stop too, instead of waiting for it.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax._src import distributed as jax_distributed
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, Sharding
+from jax.sharding import PartitionSpec as P
+
+from latent_diffusion_jax.runtime.clusters import Cluster
+
+CONNECT_SECONDS = 300.0  # that processes wait for each other at the start
+HEARTBEAT_SECONDS = 60  # without a sign of life after which a process counts as dead
+WATCH_SECONDS = 0.5  # between looks whether another process has failed
+NOT_MET = 75  # status where processes did not meet (EX_TEMPFAIL): another try may do
+LEAVE_SECONDS = 10.0  # that one which has failed waits for the others to notice
+WAIT_SECONDS = 30 * 24 * 3600  # that one which is done waits for the others, if they live
+
+FAILED = "latent_diffusion_jax/failed/"  # keys: the number of a process; values: what it says
+
+
+def connect(cluster: Cluster) -> None:
+    """Connects the processes; the first thing to be done with JAX. Then watches for failures.
+
+    Ends the program with an error: with status `NOT_MET` where they do not all come together in
+    time, with 2 where the first process cannot listen at its address.
+    """
+    # Its handler of SIGTERM would take the place of ours.
+    jax.config.update("jax_enable_preemption_service", False)
+    logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
+    where = f" at {cluster.address}" if cluster.address else ""
+
+    def give_up(why: str, status: int) -> NoReturn:
+        _say(why)
+        os._exit(status)  # JAX would abort with a dump of its stack, or crash on its way out
+
+    late = (
+        f"the {cluster.num_processes} processes have not come together{where} within "
+        f"{CONNECT_SECONDS:g} s: are all of them running, each with its own --process_id, and can "
+        "they reach the first one there?"
+    )
+    timer = threading.Timer(CONNECT_SECONDS, give_up, [late, NOT_MET])
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            cluster.address,
+            cluster.num_processes if cluster.address else None,
+            cluster.process_id,
+            cluster_detection_method="deactivate" if cluster.address else cluster.method,
+            initialization_timeout=int(CONNECT_SECONDS) + 60,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        give_up(f"cannot connect the processes{where}: {_first_line(error)}", 2)
+    finally:
+        timer.cancel()
+    if re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        # JAX gives each task of SLURM one GPU, also where a task has a host to itself.
+        jax.config.update("jax_cuda_visible_devices", "all")
+        jax.config.update("jax_rocm_visible_devices", "all")
+    threading.Thread(target=_watch, name="watch", daemon=True).start()
+
+
+def meet(mesh: Mesh | None = None) -> None:
+    """Lets the processes' CPU devices make their connections for all axes of a mesh now.
+
+    In the middle of work they give up where one comes 30 s later, having to compile what another
+    has from the cache.
+
+    Args:
+      mesh: default one axis for all devices.
+    """
+    if num_processes() == 1 or jax.default_backend() != "cpu":
+        return
+    if mesh is None:
+        mesh = jax.make_mesh((jax.device_count(),), ("all",), devices=jax.devices())
+    wait_for_all("meet")
+    multihost_utils.sync_global_devices("met")
+    axes = [axis for axis, size in mesh.shape.items() if size > 1]
+    for count in range(1, len(axes) + 1):
+        for group in itertools.combinations(axes, count):
+            _sum_over(mesh, group)(np.float32(1.0)).block_until_ready()
+
+
+def _sum_over(mesh: Mesh, axes: tuple[str, ...]) -> Any:
+    def total(x: jax.Array) -> jax.Array:
+        return jax.lax.psum(x, axes)
+
+    return jax.jit(jax.shard_map(total, mesh=mesh, in_specs=P(), out_specs=P()))
+
+
+def process_index() -> int:
+    """`jax.process_index()`, without starting JAX's backend; 0 before `connect`."""
+    return jax_distributed.global_state.process_id
+
+
+def num_processes() -> int:
+    return jax_distributed.global_state.num_processes
+
+
+# Ending together.
+
+_leaving = threading.Lock()  # held by the thread that ends this process, to its end
+
+
+def finish() -> None:
+    """Waits until all processes have come here, so that none takes the others' connection away."""
+    if num_processes() > 1:
+        wait_for_all("done")
+        _leaving.acquire()
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """Ends this process, one of several, and with it the others, within seconds.
+
+    What all processes find, the first one says; what one finds, that one says.
+
+    Args:
+      message: why.
+      status: to exit with.
+    """
+    _leaving.acquire()  # if the others are why it fails, `_watch` ends it
+    client, process = _client(), process_index()
+    if process == 0:
+        _say(message)
+    # The first process is where all others get their messages from; without it they abort.
+    with contextlib.suppress(RuntimeError):
+        client.key_value_set(f"{FAILED}{process}", json.dumps([message, status]))
+    _leave_together()
+    if process != 0:
+        with contextlib.suppress(RuntimeError):
+            if json.loads(client.key_value_try_get(f"{FAILED}0"))[0] == message:
+                os._exit(status)
+        _say(f"process {process} of {num_processes()}: {message}")
+    _exit(status)
+
+
+def _watch() -> None:
+    """Ends this process when another one has failed."""
+    client = _client()
+    while True:
+        time.sleep(WATCH_SECONDS)
+        try:
+            failed = client.key_value_dir_get(FAILED)
+        except RuntimeError:  # the connection is gone, of which JAX makes an end
+            return
+        if not failed:
+            continue
+        if not _leaving.acquire(blocking=False):  # this process is ending already
+            return
+        status = 1
+        for key, value in failed:
+            _, status = json.loads(value)
+            if process_index() == 0:
+                _say(f"process {key.removeprefix(FAILED)} of {num_processes()} has failed")
+        _leave_together()
+        _exit(status)
+
+
+def _leave_together() -> None:
+    with contextlib.suppress(RuntimeError):  # too late, or gone
+        _client().wait_at_barrier("latent_diffusion_jax/leaving", int(LEAVE_SECONDS * 1000))
+
+
+def _exit(status: int) -> NoReturn:
+    """Ends this process although its devices may wait for others', as ordinary exits would."""
+    if process_index() == 0:
+        time.sleep(2 * WATCH_SECONDS)  # whoever is still connected would abort
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _say(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _client() -> Any:
+    return jax_distributed.global_state.client
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# Sharing. All of these are called by all processes, in the same order; alone, they do nothing.
+
+
+_meetings = itertools.count()
+
+
+def wait_for_all(name: str) -> None:
+    """Waits until all processes have come here, however long that takes; devices do not."""
+    if num_processes() > 1:
+        where = f"latent_diffusion_jax/{name}/{next(_meetings)}"
+        _client().wait_at_barrier(where, int(WAIT_SECONDS * 1000))
+
+
+@contextlib.contextmanager
+def first_one_first(name: str) -> Iterator[None]:
+    """The others go through the block after the first process, and find what it has written."""
+    if process_index() != 0:
+        wait_for_all(name)
+    yield
+    if process_index() == 0:
+        wait_for_all(name)
+
+
+def highest(value: int) -> int:
+    """The highest of the processes' values."""
+    if num_processes() == 1:
+        return value
+    wait_for_all("compare")  # devices would not wait for long
+    return int(np.max(multihost_utils.process_allgather(np.array(value))))
+
+
+def fetch(array: Any) -> np.ndarray:
+    """A whole array on the host, also where its parts are on devices of several processes."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """`jax.device_put` of values that all processes have to devices of all processes.
+
+    JAX's own gathers the values of all processes first, to see that they are the same.
+
+    Args:
+      tree: of arrays.
+      shardings: one for all of them, or a tree of the same structure.
+    """
+    if isinstance(shardings, Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+
+    def put_one(x: Any, sharding: Sharding) -> jax.Array:
+        if sharding.is_fully_addressable or (
+            isinstance(x, jax.Array) and not x.is_fully_addressable
+        ):
+            return jax.device_put(x, sharding)
+        host = np.asarray(x)
+        host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put_one, tree, shardings)

@@ -1,0 +1,206 @@
+"""Several processes: that none waits for one that has failed."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from latent_diffusion_jax.runtime import distributed
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# Alone.
+
+
+def test_alone_nothing_is_shared():
+    distributed.wait_for_all("x")
+    with distributed.first_one_first("x"):
+        pass
+    assert distributed.highest(7) == 7 and distributed.highest(True) is True
+    assert (distributed.process_index(), distributed.num_processes()) == (0, 1)
+    tree = {"a": np.arange(8.0, dtype=np.float32), "b": jax.numpy.ones((8, 2), jax.numpy.bfloat16)}
+    mesh = jax.make_mesh((8,), ("data",))
+    split = jax.NamedSharding(mesh, jax.P("data"))
+    for shardings in (split, {"a": split, "b": split}):
+        found = distributed.put(tree, shardings)
+        assert all(leaf.sharding == split for leaf in found.values())
+        for name, leaf in tree.items():
+            np.testing.assert_array_equal(distributed.fetch(found[name]), np.asarray(leaf))
+            assert found[name].dtype == leaf.dtype
+
+
+# Together: a program for each process, run by the commands' `run`.
+
+PROGRAM = """
+import os, signal, sys, time
+import jax
+import numpy as np
+from latent_diffusion_jax.runtime import commands, distributed
+from latent_diffusion_jax.runtime.errors import UserError
+
+me = int(os.environ["JAX_PROCESS_ID"])
+{before}
+
+def main():
+    distributed.wait_for_all("start")
+    {main}
+
+commands.run(main)
+"""
+# Waits for the other process, which does not come.
+WAIT = "distributed.wait_for_all('end')"
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start(main: str, before: str = "", processes=(0, 1), **variables: str):
+    """The processes with these numbers, of two."""
+    address = f"127.0.0.1:{free_port()}"
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM.format(main=main, before=before)],
+            cwd=ROOT,
+            env=os.environ
+            | {
+                "PYTHONPATH": str(ROOT),
+                "JAX_NUM_CPU_DEVICES": "2",
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(i),
+            }
+            | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in processes
+    ]
+
+
+def ends(processes, timeout=120.0):
+    """(status, lines of errors) of each."""
+    outcomes = []
+    for process in processes:
+        _, errors = process.communicate(timeout=timeout)
+        outcomes.append((process.returncode, errors.splitlines()))
+    return outcomes
+
+
+def run(main: str, before: str = "", **variables: str):
+    return ends(start(main, before, **variables))
+
+
+def test_processes_share_values():
+    main = """
+    assert (jax.process_count(), jax.device_count(), distributed.process_index()) == (2, 4, me)
+    assert distributed.highest(me * 3) == 3
+    mesh = jax.make_mesh((4,), ("data",))
+    split = jax.NamedSharding(mesh, jax.P("data"))
+    values = np.arange(8.0, dtype=np.float32)
+    array = distributed.put({"a": values}, split)["a"]
+    assert not array.is_fully_addressable
+    np.testing.assert_array_equal(array.addressable_shards[0].data, values[4 * me : 4 * me + 2])
+    np.testing.assert_array_equal(distributed.fetch(array), values)
+    np.testing.assert_array_equal(distributed.fetch(array.sum()), 28)
+    with distributed.first_one_first("x"):
+        print("in", me, file=sys.stderr)
+"""
+    assert run(main) == [(0, ["in 0"]), (0, ["in 1"])]
+
+
+def test_an_error_of_one_process_ends_the_others():
+    outcomes = run(f"if me == 1: raise UserError('only here')\n    {WAIT}")
+    assert outcomes == [
+        (2, ["error: process 1 of 2 has failed"]),
+        (2, ["error: process 1 of 2: only here"]),
+    ]
+
+
+def test_an_error_of_the_first_process_ends_the_others():
+    outcomes = run(f"if me == 0: raise UserError('only here')\n    {WAIT}")
+    assert outcomes == [(2, ["error: only here"]), (2, [])]
+
+
+def test_an_error_of_one_ends_those_that_are_done():
+    outcomes = run("if me == 0:\n        time.sleep(2)\n        raise UserError('late')")
+    assert outcomes == [(2, ["error: late"]), (2, [])]
+
+
+def test_an_error_of_all_is_said_once():
+    (status, errors), (other_status, other_errors) = run("raise UserError('everywhere')")
+    assert status == other_status == 2
+    assert errors == ["error: everywhere"] and other_errors == []
+
+
+def test_a_bug_keeps_its_traceback():
+    (status, errors), (other_status, other_errors) = run(
+        f"if me == 1: raise KeyError('a bug')\n    {WAIT}"
+    )
+    assert status == other_status == 1
+    assert errors == ["error: process 1 of 2 has failed"]
+    assert other_errors[0].startswith("error: process 1 of 2: Traceback")
+    assert other_errors[-1] == "KeyError: 'a bug'"
+
+
+def test_statuses_are_kept():
+    assert run("sys.exit(7)") == [(7, []), (7, [])]
+
+
+def test_one_that_hangs_is_left_after_a_while():
+    hangs = "if me == 1: os.kill(os.getpid(), signal.SIGSTOP)"
+    first, second = start(f"{hangs}\n    {WAIT}", "distributed.HEARTBEAT_SECONDS = 3")
+    begin = time.time()
+    assert first.wait(timeout=60) != 0
+    assert time.time() - begin < 45
+    second.send_signal(signal.SIGKILL)
+    ends([first, second])
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_one_that_the_others_do_not_join_says_so(process):
+    (only,) = start("", "distributed.CONNECT_SECONDS = 2.0", processes=[process])
+    ((status, errors),) = ends([only])
+    assert status == distributed.NOT_MET
+    (line,) = [line for line in errors if line.startswith("error: ")]
+    assert "the 2 processes have not come together at 127.0.0.1:" in line
+    assert not any("Check failure" in line for line in errors)
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.socket() as server:
+        server.bind(("", 0))
+        server.listen()
+        taken = f"127.0.0.1:{server.getsockname()[1]}"
+        (only,) = start("", processes=[0], JAX_COORDINATOR_ADDRESS=taken)
+        ((status, errors),) = ends([only])
+    assert status == 2
+    assert errors[-1].startswith(f"error: cannot connect the processes at {taken}: ")
+
+
+def test_a_variable_that_is_no_number_is_named():
+    ((status, errors),) = ends(start("", processes=[0], JAX_NUM_PROCESSES="two"))
+    assert (status, errors) == (2, ["error: JAX_NUM_PROCESSES='two' is no number"])
+
+
+def test_commands_for_one_process_refuse_to_be_several():
+    program = "from latent_diffusion_jax.runtime import commands\n"
+    program += "commands.run(lambda: print('done'), alone=True)"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--num_processes=2", "--process_id=0",
+         "--coordinator_address=127.0.0.1:1"],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: this command is the work of one process")
+    assert done.stderr.count("\n") == 1

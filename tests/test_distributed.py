@@ -1,0 +1,236 @@
+"""The commands in two processes give what they give in one: through the launcher, with real ones.
+
+Losses agree to rounding. So do nearly all parameters; where a gradient is nearly zero its sign is
+rounding's, and Adam takes a step of the learning rate to the one side or to the other.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+from latent_diffusion_jax import evaluate, first_stages
+from latent_diffusion_jax.data.latents import LatentSource
+from latent_diffusion_jax.encode import encode_dataset
+from latent_diffusion_jax.runtime import checkpoints, images, trees
+
+ROOT = pathlib.Path(__file__).parents[1]
+LEARNING_RATE = 1e-3
+STAGES = ("first_stage", "diffusion")
+# The smallest networks that there are, as every second process compiles all programs anew.
+TINY = (
+    "--config=configs/txt2img.py:smoke",
+    "--config.data.image_size=8",
+    "--config.data.check_images=8",
+    "--config.first_stage.autoencoder.channel_multipliers=(1,2)",
+    "--config.first_stage.discriminator.num_layers=1",
+    f"--config.first_stage.optimizer.learning_rate={LEARNING_RATE}",
+    "--config.first_stage.optimizer.warmup_steps=1",
+    f"--config.first_stage.discriminator_optimizer.learning_rate={LEARNING_RATE}",
+    "--config.unet.channel_multipliers=(1,)",
+    "--config.unet.attention_levels=(0,)",
+    f"--config.optimizer.learning_rate={LEARNING_RATE}",
+    "--config.sample.steps=1",
+)
+
+
+def start(*arguments: str, processes: int, devices: int, command: str = "train"):
+    """The launcher, which runs a command."""
+    return subprocess.Popen(
+        [sys.executable, "launch/local.py", f"--processes={processes}", f"--devices={devices}",
+         f"--command={command}", "--", *arguments],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def launch(*arguments: str, status: int = 0, **options) -> tuple[str, str]:
+    """Output and errors of a command that ends with this status."""
+    process = start(*arguments, **options)
+    output, errors = process.communicate(timeout=1800)
+    assert process.returncode == status, errors
+    return output, errors
+
+
+def train(workdir: pathlib.Path, data_dir: str, processes: int, **options) -> tuple[str, str]:
+    """Trains on four devices in all."""
+    flags = (*TINY, f"--workdir={workdir}", f"--config.data.data_dir={data_dir}")
+    return launch(*flags, processes=processes, devices=4 // processes, **options)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Empty: the first run's processes prepare the data."""
+    return str(tmp_path_factory.mktemp("tfds"))
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory, data_dir):
+    """A workdir that two processes have trained, stopped between the stages."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    flags = (*TINY, f"--workdir={workdir}", f"--config.data.data_dir={data_dir}")
+    process = start(*flags, processes=2, devices=2)
+    metrics = workdir / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=1800)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert errors.count("SIGTERM: finishing this step") == 1
+    assert "stopped before the stage diffusion" in errors and "Traceback" not in errors
+    assert checkpoints.latest_step(workdir / "diffusion") is None
+    _, errors = train(workdir, data_dir, 2)
+    assert "2 process(es); mesh: data 4" in errors
+    assert not [line for line in errors.splitlines() if line.startswith("[1]")], errors
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def of_one(tmp_path_factory, data_dir, of_two):
+    """A workdir that one process has trained on as many devices."""
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    train(workdir, data_dir, 1)
+    return workdir
+
+
+OF_SPEED = ("images_per_second", "seconds_per_step", "tflops_per_device", "waiting_for_data", "mfu")
+
+
+def figures(workdir):
+    """Everything logged but how fast it was, by stage, step and name."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    return {
+        (row["stage"], row["step"], name): value
+        for row in rows
+        for name, value in row.items()
+        if "/" in name and name.removeprefix("train/") not in OF_SPEED
+    }
+
+
+def state_of(workdir, stage, step=4):
+    """Every leaf of a checkpoint, by name; those of the optimizer are not among them."""
+    with checkpoints.open_manager(workdir / stage, partial=True) as manager:
+        saved = dict(manager.item_metadata(step)["state"].tree)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        {part: saved[part] for part in ("params", "ema") if saved[part]},
+    )
+    return trees.flatten_names(checkpoints.restore_part(workdir / stage, step, shapes))
+
+
+def assert_same_run(workdir, other):
+    ours, theirs = figures(workdir), figures(other)
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], rtol=1e-5, err_msg=str(name))
+    for stage in STAGES:
+        left, right = state_of(workdir, stage), state_of(other, stage)
+        before = state_of(workdir, stage, step=2)
+        assert left.keys() == right.keys() and len(left) > 50
+        moved = [np.abs(np.asarray(left[name]) - before[name]).max() for name in left]
+        assert np.median(moved) > LEARNING_RATE / 10, "hardly anything was trained"
+        apart = [np.abs(np.asarray(left[name]) - right[name]).ravel() for name in left]
+        apart = np.concatenate(apart)
+        assert apart.max() < 4 * LEARNING_RATE
+        assert np.mean(apart > LEARNING_RATE / 100) < 0.01
+
+
+def test_two_processes_train_as_one_does(of_one, of_two):
+    assert_same_run(of_one, of_two)
+    assert any(name.startswith("ema/") for name in state_of(of_two, "diffusion"))
+
+
+@pytest.mark.parametrize(("first", "then"), [("of_two", 1), ("of_one", 2)])
+def test_the_other_number_of_processes_goes_on(request, tmp_path, data_dir, first, then):
+    begun = request.getfixturevalue(first)
+    workdir = tmp_path / "run"
+    shutil.copytree(begun, workdir)
+    shutil.rmtree(workdir / "diffusion" / "4")
+    _, errors = train(workdir, data_dir, then)
+    assert "diffusion: goes on from step 2" in errors
+    assert_same_run(begun, workdir)
+
+
+def test_two_processes_encode_as_one_does(of_two, tmp_path):
+    output, _ = launch(
+        f"--first_stage={of_two}", f"--out={tmp_path / 'two'}", "--shard_size=200",
+        "--dtype=float32", "--batch_size=64", processes=2, devices=1, command="encode",
+    )  # fmt: skip
+    assert output.count("train from them with") == 1
+    stage = first_stages.open_first_stage(of_two)
+    assert stage.config is not None
+    encode_dataset(stage.config, stage, "here", tmp_path / "one", dtype="float32", batch_size=64)
+    for split, count in (("train", 1500), ("test", 297)):
+        left, right = (LatentSource(tmp_path / name, split) for name in ("two", "one"))
+        assert len(left) == len(right) == count
+        for i in (0, 199, 200, count - 1):  # of the first two files, and the last
+            assert left[i]["captions"] == right[i]["captions"]
+            np.testing.assert_allclose(
+                left[i]["moments"], right[i]["moments"], rtol=1e-5, atol=1e-5
+            )
+
+
+def measured(tmp_path, *flags):
+    """What evaluate writes in two processes."""
+    output, _ = launch(*flags, f"--out={tmp_path}", processes=2, devices=1, command="evaluate")
+    assert output.count("evaluation.json") == 1 and (tmp_path / "evaluation.png").is_file()
+    return json.loads((tmp_path / "evaluation.json").read_text())
+
+
+def assert_same_figures(found, expected):
+    assert found.keys() == expected.keys() and 5 < found["psnr"] < 40
+    for name, value in expected.items():
+        if isinstance(value, float):
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_two_processes_evaluate_as_one_does(of_two, tmp_path):
+    found = measured(tmp_path, f"--workdir={of_two}", "--num_samples=10", "--max_real=50")
+    sampling = dict.fromkeys(("steps", "guidance_scale", "sampler"))
+    expected, samples = evaluate.evaluate(of_two, 10, 50, 0, **sampling)
+    assert_same_figures(found, expected)
+    drawn = np.asarray(PIL.Image.open(tmp_path / "evaluation.png"), int)
+    assert drawn.std() > 10  # not blank
+    assert np.abs(drawn - images.grid(samples, columns=10)).max() <= 1
+
+
+def test_two_processes_measure_a_first_stage_as_one_does(of_two, tmp_path):
+    flags = (f"--first_stage={of_two}", "--max_real=20", "--image_size=16", "--batch_size=8")
+    found = measured(tmp_path, *flags)
+    data = {"image_size": 16}
+    expected, _ = evaluate.evaluate_first_stage(of_two, data, max_real=20, batch_size=8)
+    assert_same_figures(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--config.optimizer.learningrate=1", "unknown config key 'optimizer.learningrate'"),
+        ("--config.batch_size=6", "batch_size=6 is not divisible by the mesh's data * fsdp = 4"),
+    ],
+)
+def test_an_error_is_said_once(tmp_path, data_dir, flag, said):
+    flags = (*TINY, f"--workdir={tmp_path / 'run'}", f"--config.data.data_dir={data_dir}", flag)
+    output, errors = launch(*flags, processes=2, devices=2, status=2)
+    assert output == "" and errors.count(said) == 1 and "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_commands_that_draw_refuse(tmp_path, monkeypatch):
+    several = {"NUM_PROCESSES": "2", "PROCESS_ID": "1", "COORDINATOR_ADDRESS": "127.0.0.1:1"}
+    env = os.environ | {f"JAX_{name}": value for name, value in several.items()}
+    done = subprocess.run(
+        [sys.executable, "-m", "latent_diffusion_jax.sample", f"--workdir={tmp_path}"],
+        cwd=ROOT, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "the work of one process, and it is started as one of 2" in done.stderr
