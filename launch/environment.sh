@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: makes .venv in the checkout and installs requirement files into
 # it, once for each content of the files. Usage: install requirements.txt [more.txt ...]
 
@@ -29,6 +30,7 @@ install() {
     mark=".venv/installed-$(sha256sum "$file" | cut -c 1-16)"
     if [ ! -e "$mark" ]; then
       echo "installing $file"
+      # shellcheck disable=SC2086  # several flags
       .venv/bin/python -m pip install --quiet ${PIP_FLAGS:-} -r "$file"
       touch "$mark"
     fi
