@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from latent_diffusion_jax.models.discriminator import PatchDiscriminator
+from latent_diffusion_jax.runtime import trees
 from latent_diffusion_jax.training.autoencoder_losses import (
     AutoencoderLosses,
     discriminator_loss,
@@ -56,7 +57,7 @@ class Adversary(NamedTuple):
             _, updated = self.network.apply(
                 {"params": params}, images, initialize=True, mutable=["params"]
             )
-            return updated["params"]
+            return trees.in_dtypes_of(updated["params"], params)
 
         return run_if(step == self.losses.disc_start, initialize, params, params)
 

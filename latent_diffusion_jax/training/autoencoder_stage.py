@@ -10,6 +10,7 @@ import optax
 
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.models.discriminator import PatchDiscriminator
+from latent_diffusion_jax.runtime import trees
 from latent_diffusion_jax.runtime.images import to_float
 from latent_diffusion_jax.training import codebook as codebooks
 from latent_diffusion_jax.training import ema
@@ -41,6 +42,8 @@ def make_stage(
     ema_decay: float = 0.0,
     codebook_average: codebooks.CodebookAverage | None = None,
     accumulation: int = 1,
+    param_dtype: str = "float32",
+    ema_dtype: str = "float32",
 ) -> Stage:
     """Builds the stage.
 
@@ -58,6 +61,7 @@ def make_stage(
       codebook_average: learns the codebook by moving averages; None by its gradient.
       accumulation: micro-batches that a batch is worked on in, one after the other. Batch
         statistics and the adaptive weight are those of a micro-batch.
+      param_dtype, ema_dtype: of the networks' parameters, and of the moving average.
     """
     h, w, c = image_shape
     factor = autoencoder.downsampling_factor
@@ -70,21 +74,24 @@ def make_stage(
         optimizer = train_only(optimizer, (*prefixes, "logvar"))
     latents = Latents(autoencoder, losses, latent_shape, parts is not None, codebook_average)
 
+    def fresh(network: Any, key: jax.Array, images: jax.Array) -> Any:
+        return trees.in_dtype(network.init(key, images)["params"], param_dtype)
+
     def init(key: jax.Array) -> State:
         key_autoencoder, key_discriminator = jax.random.split(key)
         images = jnp.zeros((1, h, w, c))
-        params = {"autoencoder": autoencoder.init(key_autoencoder, images)["params"]}
+        params = {"autoencoder": fresh(autoencoder, key_autoencoder, images)}
         if losses.learn_logvar:
             params["logvar"] = jnp.float32(losses.logvar)
         opt = {"autoencoder": optimizer.init(params)}
         average, averages = None, {}
         if ema_decay:
-            average = {"autoencoder": jax.tree.map(jnp.copy, params["autoencoder"])}
+            average = {"autoencoder": trees.in_dtype(params["autoencoder"], ema_dtype)}
         if codebook_average is not None:
             codes = params["autoencoder"]["quantizer"]["codebook"]
             averages["codebook"] = codebook_average.init(codes)
         if adversary is not None:
-            params["discriminator"] = discriminator.init(key_discriminator, images)["params"]
+            params["discriminator"] = fresh(discriminator, key_discriminator, images)
             opt["discriminator"] = optimizers["discriminator"].init(params["discriminator"])
             averages |= adversary.init_averages()
         step = jnp.zeros((), jnp.int32)
@@ -121,7 +128,8 @@ def make_stage(
         def last_layer(grad: jax.Array) -> jax.Array:
             # All but the last layer's gradient is dead code that the compiler removes.
             (grads,) = pullback((grad, jnp.zeros_like(regularizer)))
-            return grads["autoencoder"]["decoder"]["conv_out"]["kernel"]
+            kernel = grads["autoencoder"]["decoder"]["conv_out"]["kernel"]
+            return kernel.astype(jnp.float32)
 
         logvar = params.get("logvar", jnp.float32(losses.logvar))
         (rec_loss, figures), (fake_grad, logvar_grad) = jax.value_and_grad(
@@ -182,7 +190,8 @@ def make_stage(
             codes, averages["codebook"] = codebook_average.update(
                 averages["codebook"], mean["codes"], candidates, revival_key
             )
-            params["autoencoder"] = params["autoencoder"] | {"quantizer": {"codebook": codes}}
+            new = trees.in_dtype({"quantizer": {"codebook": codes}}, param_dtype)
+            params["autoencoder"] = params["autoencoder"] | new
         if mean["codes"]:
             metrics |= codebooks.usage_figures(mean["codes"]["shares"])
         if losses.learn_logvar:
@@ -248,13 +257,17 @@ def make_stage(
 def start_from(state: State, params: Any) -> State:
     """A fresh state whose autoencoder, and all that follows it, is another's.
 
-    `params` are laid out over devices as the state's own.
+    `params` are laid out over devices, and rounded, as the state's own.
     """
     own = state.params["autoencoder"]
-    params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, own)
+    params = jax.tree.map(
+        lambda new, old: jax.device_put(jnp.array(new, old.dtype), old.sharding), params, own
+    )
     average, averages = state.ema, state.averages
     if average is not None:
-        average = {"autoencoder": jax.tree.map(jnp.copy, params)}
+        average = jax.tree.map(
+            lambda new, old: jnp.array(new, old.dtype), {"autoencoder": params}, average
+        )
     if averages is not None and "codebook" in averages:
         codes, shares = params["quantizer"]["codebook"], averages["codebook"]["shares"]
         sums = codes * shares[:, None]

@@ -28,7 +28,7 @@ class CodebookAverage:
     def init(self, codebook: jax.Array) -> dict[str, jax.Array]:
         """Averages that give the codebook [n, c] and an even use of it."""
         n = len(codebook)
-        return {"shares": jnp.full(n, 1.0 / n), "sums": codebook / n}
+        return {"shares": jnp.full(n, 1.0 / n), "sums": codebook.astype(jnp.float32) / n}
 
     def update(
         self, averages: Any, found: Any, candidates: jax.Array, key: jax.Array

@@ -1,5 +1,6 @@
 """The second stage: the UNet and its conditioner learn to denoise latents."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -16,10 +17,12 @@ from latent_diffusion_jax.diffusion.losses import (
 )
 from latent_diffusion_jax.diffusion.plan import Plan
 from latent_diffusion_jax.ldm import LatentDiffusion
+from latent_diffusion_jax.runtime import distributed, trees
 from latent_diffusion_jax.runtime.images import to_float
 from latent_diffusion_jax.runtime.randomness import normal_per_key
 from latent_diffusion_jax.sampling import Draw, Request
 from latent_diffusion_jax.training import ema
+from latent_diffusion_jax.training.gradients import accumulate
 from latent_diffusion_jax.training.state import Stage, State, sample_keys
 
 
@@ -34,6 +37,9 @@ def make_stage(
     ema_decay: float,
     draw: Draw,
     plan: Plan,
+    accumulation: int = 1,
+    param_dtype: str = "float32",
+    ema_dtype: str = "float32",
 ) -> Stage:
     """Builds the stage. `State.frozen` holds the parameters that `ldm` needs and does not train.
 
@@ -49,12 +55,15 @@ def make_stage(
       condition_dropout: share of conditions replaced by none, for guidance.
       ema_decay: decay of the moving average that samples are drawn with.
       draw, plan: what `make_draw` and `make_plan` gave, for previews.
+      accumulation: micro-batches that a batch is worked on in, one after the other; the step is
+        the same but for rounding.
+      param_dtype, ema_dtype: of the trained parameters, and of their moving average.
     """
 
     def init(key: jax.Array) -> State:
         null = {name: jnp.asarray(value)[None] for name, value in conditioning.null.items()}
-        params = ldm.init_trained(key, null)
-        average = jax.tree.map(jnp.copy, params)
+        params = trees.in_dtype(ldm.init_trained(key, null), param_dtype)
+        average = trees.in_dtype(params, ema_dtype)
         return State(jnp.zeros((), jnp.int32), params, average, optimizer.init(params))
 
     def loss_per_example(
@@ -62,7 +71,7 @@ def make_stage(
         batch: Any,
         t: jax.Array,
         keys: jax.Array,
-        dropout_key: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         noises = jax.vmap(lambda key: jax.random.split(key))(keys)
         posterior_noise = normal_per_key(noises[:, 0], ldm.latent_shape)
@@ -73,7 +82,7 @@ def make_stage(
             z_0 = ldm.encode(params, to_float(batch["image"]), posterior_noise)
         cond = ldm.condition(params, {name: batch[name] for name in conditioning.null})
         return denoising_loss(
-            lambda z_t, t: ldm.predict(params, z_t, t, cond, dropout_key),
+            lambda z_t, t: ldm.predict(params, z_t, t, cond, dropout_keys),
             ldm.schedule,
             objective,
             z_0,
@@ -83,22 +92,29 @@ def make_stage(
 
     def train_step(state: State, batch: Any, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         keys = sample_keys(key, state.step, _size(batch))
-        noise_keys, t_keys, drop_keys = jnp.unstack(
-            jax.vmap(lambda k: jax.random.split(k, 3))(keys), axis=1
+        noise_keys, t_keys, drop_keys, dropout_keys = jnp.unstack(
+            jax.vmap(lambda k: jax.random.split(k, 4))(keys), axis=1
         )
         t = sample_timesteps(ldm.schedule, t_keys)
-        # One mask key for the whole batch: flax draws masks by batch.
-        dropout_key = jax.random.fold_in(key, state.step) if ldm.unet.dropout else None
         batch = batch | {
             name: drop(batch[name], jnp.asarray(null), drop_keys, condition_dropout)
             for name, null in conditioning.null.items()
         }
 
-        def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            found = loss_per_example(state.frozen | params, batch, t, noise_keys, dropout_key)
-            return jax.tree.map(jnp.mean, found)
+        # All randomness is drawn for the whole batch, or split with it: micro-batches do not
+        # change it.
+        inputs = {"batch": batch, "t": t, "noise": noise_keys, "dropout": dropout_keys}
 
-        (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        def micro_batch(part: Any) -> tuple[Any, Any]:
+            def loss_fn(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+                found = loss_per_example(
+                    state.frozen | params, part["batch"], part["t"], part["noise"], part["dropout"]
+                )
+                return jax.tree.map(jnp.mean, found)
+
+            return jax.value_and_grad(loss_fn, has_aux=True)(state.params), ()
+
+        ((loss, parts), grads), _ = accumulate(micro_batch, inputs, accumulation)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         average = ema.update(state.ema, params, state.step, ema_decay)
@@ -121,6 +137,22 @@ def make_stage(
         return draw(state.frozen | state.ema, previews, plan)[0]
 
     return Stage(init, train_step, eval_step, preview)
+
+
+def start_from(state: State, params: Any) -> State:
+    """A fresh state whose trained parameters, and their average, are another model's.
+
+    `params` are laid out over devices, and rounded, as the state's own.
+    """
+
+    def like(params: Any, own: Any) -> Any:
+        return jax.tree.map(
+            lambda new, old: distributed.put(np.asarray(new, old.dtype), old.sharding), params, own
+        )
+
+    return dataclasses.replace(
+        state, params=like(params, state.params), ema=like(params, state.ema)
+    )
 
 
 def _size(batch: Any) -> int:

@@ -13,6 +13,11 @@ def decay_at(step: jax.Array, decay: float) -> jax.Array:
 
 
 def update(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
-    """ema + (1 - decay) (params - ema), leaf by leaf."""
+    """ema + (1 - decay) (params - ema), leaf by leaf, in the average's dtype."""
     rate = 1.0 - decay_at(step, decay)
-    return jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)
+
+    def updated(e: jax.Array, p: jax.Array) -> jax.Array:
+        wide = e.astype(jnp.promote_types(e.dtype, jnp.float32))
+        return (wide + rate * (p - wide)).astype(e.dtype)
+
+    return jax.tree.map(updated, ema, params)

@@ -16,7 +16,8 @@ def accumulate(
 ) -> tuple[Any, Any]:
     """Averages a function over micro-batches that are worked on one after the other.
 
-    Memory is that of one micro-batch and one more copy of what is averaged.
+    Memory is that of one micro-batch and one more copy of what is averaged, which is in float32
+    also where the function gives halves: gradients of parameters in bfloat16.
 
     Args:
       function: micro-batch -> (what is averaged, what is kept of the last one).
@@ -28,7 +29,8 @@ def accumulate(
       What `function` gives for the batch.
     """
     if count == 1:
-        return function(batch)
+        found, last = function(batch)
+        return jax.tree.map(_wide, found), last
     function = jax.jit(function)  # traced once
     parts = jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch
@@ -38,12 +40,12 @@ def accumulate(
         return jax.tree.map(lambda x: x[i], parts)
 
     def add(total: Any, new: Any) -> Any:
-        return jax.tree.map(lambda a, b: a + b / count, total, new)
+        return jax.tree.map(lambda a, b: a + _wide(b) / count, total, new)
 
     def unrolled() -> tuple[Any, Any]:
         # Barriers keep XLA from working on all micro-batches at once.
         found, last = function(part(0))
-        total = jax.tree.map(lambda x: x / count, found)
+        total = jax.tree.map(lambda x: _wide(x) / count, found)
         for i in range(1, count):
             inputs, total = jax.lax.optimization_barrier((part(i), total))
             found, last = function(inputs)
@@ -51,8 +53,9 @@ def accumulate(
         return total, last
 
     def looped() -> tuple[Any, Any]:
-        shapes = jax.eval_shape(function, part(0))
-        start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        found, last = jax.eval_shape(function, part(0))
+        found = jax.eval_shape(lambda found: jax.tree.map(_wide, found), found)
+        start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (found, last))
 
         def body(carry: tuple[Any, Any], inputs: Any) -> tuple[Any, None]:
             found, last = function(inputs)
@@ -61,6 +64,11 @@ def accumulate(
         return jax.lax.scan(body, start, parts)[0]
 
     return jax.lax.platform_dependent(cpu=unrolled, default=looped)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """Halves as float32, all else as it is."""
+    return x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x
 
 
 def run_if(condition: jax.Array, function: Callable[[Any], Any], otherwise: Any, args: Any) -> Any:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.runtime.randomness import normal_per_key
+from latent_diffusion_jax.runtime.sharding import gathered
 from latent_diffusion_jax.training import codebook as codebooks
 from latent_diffusion_jax.training.autoencoder_losses import AutoencoderLosses, quantization_loss
 
@@ -55,7 +56,8 @@ class Latents(NamedTuple):
           ((reconstructions, the regularising term), latents and their indices where they are
           quantised).
         """
-        network, variables = self.autoencoder, {"params": params}
+        network = self.autoencoder
+        variables = {"params": gathered(params, network.dtype)}
         posterior = network.apply(variables, images, method="encode")
         if self.fixed:
             posterior = jax.lax.stop_gradient(posterior)

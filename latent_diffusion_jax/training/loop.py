@@ -11,14 +11,15 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from latent_diffusion_jax.data import pipeline
-from latent_diffusion_jax.runtime import checkpoints, images, loggers, sharding
+from latent_diffusion_jax.runtime import checkpoints, distributed, images, loggers, sharding
 from latent_diffusion_jax.runtime.compilation import compiler_options
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.training.state import Stage, State
+from latent_diffusion_jax.runtime.flops import traced_flops
+from latent_diffusion_jax.training.speed import Profile, Speed
+from latent_diffusion_jax.training.state import Stage, State, jit_train_step
 
 PREVIEW_IMAGES, PREVIEW_COLUMNS = 32, 8
 AGREE_EVERY = 10  # steps between questions among processes whether to stop
@@ -42,6 +43,7 @@ class Run:
       eval_examples: held-out examples to use.
       checkpoint_every: steps.
       keep_checkpoints: of each stage.
+      profile: steps of a trace for XProf: the first after the start of a run, and their number.
     """
 
     workdir: pathlib.Path
@@ -57,6 +59,7 @@ class Run:
     eval_examples: int
     checkpoint_every: int
     keep_checkpoints: int
+    profile: tuple[int, int] = (0, 0)
 
 
 def train_stage(
@@ -101,12 +104,12 @@ def train_stage(
         prepare,
         batch_size=batch_size,
         seed=run.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=sharding.own_rows(batch_size, mesh),
         num_threads=run.num_threads,
     )
     with contextlib.ExitStack() as stack:
         stack.callback(loader.close)
+        stack.enter_context(jax.set_mesh(mesh))  # that constraints inside the step are meant for
         manager = stack.enter_context(
             checkpoints.open_manager(run.workdir / name, keep=run.keep_checkpoints, create=True)
         )
@@ -125,13 +128,7 @@ def train_stage(
 
         everywhere, options = sharding.replicated(mesh), compiler_options()
         state_shardings = jax.tree.map(lambda x: x.sharding, state)
-        train_step = jax.jit(
-            stage.train_step,
-            in_shardings=(state_shardings, sharding.batch_sharding(mesh), everywhere),
-            out_shardings=(state_shardings, everywhere),
-            donate_argnums=0,
-            compiler_options=options,
-        )
+        train_step = jit_train_step(stage, state_shardings, mesh, options)
         eval_step, preview = (
             jax.jit(function, out_shardings=everywhere, compiler_options=options)
             for function in (stage.eval_step, stage.preview)
@@ -162,20 +159,25 @@ def train_stage(
             writer.image(step, "preview", grid)
 
         def save(step: int, info: dict[str, Any]) -> None:
-            items = {"data": loader.get_state(), "config": run.config, "info": info, **kept}
+            items = {"data": ahead.position, "config": run.config, "info": info, **kept}
             checkpoints.save(manager, step, state.replace(frozen=None), items)
 
         logging.info("%s: compiling the train step", name)
+        ahead = _Ahead(loader, lambda rows: sharding.put_batch(rows, mesh, batch_size))
+        traced = train_step.trace(state, ahead.batch, train_key)
+        speed = Speed(batch_size, traced_flops(traced.jaxpr), mesh)
+        compiled = traced.lower().compile()
+        del traced
+        profile = Profile(run.workdir / "profile" / name, run.profile, start_step)
+        stack.callback(profile.close)
         step, stopped, previous = start_step, False, None
         unchecked: list[tuple[int, dict[str, jax.Array]]] = []  # figures of the last steps
-        clock = _Clock(start_step)
+        speed.restart(step)
         while step < num_steps and not stopped:
-            batch = sharding.put_batch(next(loader), mesh)
-            state, metrics = train_step(state, batch, train_key)
+            with profile.step(step):
+                state, metrics = compiled(state, ahead.batch, train_key)
             step += 1
-            if step == start_step + 1:  # compiled now: what follows tells the speed
-                jax.block_until_ready(metrics)
-                clock = _Clock(step)
+            speed.waited += ahead.advance()  # on its way while the devices work on this step
             # Waits for the step before, so that this one is already on its way.
             if previous is not None:
                 jax.block_until_ready(previous)
@@ -185,11 +187,9 @@ def train_stage(
             if step % run.log_every == 0 or step == num_steps:
                 _check_finite(name, unchecked)
                 figures = {key: float(value) for key, value in metrics.items()}
-                seconds = clock.seconds_per_step(step)
-                rate = batch_size / seconds if seconds else 0.0
-                if seconds:
-                    figures["images_per_second"] = rate
-                writer.scalars(step, figures, "train")
+                measured = speed.measure(step)
+                writer.scalars(step, figures | measured, "train")
+                rate, seconds = measured["images_per_second"], measured["seconds_per_step"]
                 progress.figures(step, figures["loss"], rate, seconds)
             stopped = agree_to_stop(run.should_stop, step)
             if step < num_steps and (stopped or step % run.checkpoint_every == 0):
@@ -197,7 +197,7 @@ def train_stage(
                 save(step, {})
             if step == num_steps or (step % run.eval_every == 0 and not stopped):
                 evaluate(step)
-                clock = _Clock(step)
+                speed.restart(step)
         if step == num_steps:
             save(step, at_end(state))
         manager.wait_until_finished()
@@ -222,33 +222,40 @@ def in_order(
         prepare,
         batch_size=batch_size,
         num_examples=num_examples,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=sharding.own_rows(batch_size, mesh),
     ):
-        yield sharding.put_batch(batch, mesh), valid
+        yield sharding.put_batch(batch, mesh, batch_size), valid
 
 
-class _Clock:
-    """Seconds per step since it was last asked; 0 where no step was made since."""
+class _Ahead:
+    """Batches on the devices, one ahead of the loop.
 
-    def __init__(self, step: int):
-        self._step, self._time = step, time.perf_counter()
+    Attributes:
+      batch: the next one to train on.
+      position: of the loader before that one: where a run goes on that is stopped now.
+    """
 
-    def seconds_per_step(self, step: int) -> float:
-        now = time.perf_counter()
-        steps = step - self._step
-        seconds = (now - self._time) / steps if steps else 0.0
-        self._step, self._time = step, now
-        return seconds
+    def __init__(self, loader: Any, put: Callable[[Any], Any]):
+        self._loader, self._put = loader, put
+        self.advance()
+
+    def advance(self) -> float:
+        """Takes the batch after; gives the seconds for which the loader let it wait."""
+        self.position = self._loader.get_state()
+        start = time.perf_counter()
+        rows = next(self._loader)
+        waited = time.perf_counter() - start
+        self.batch = self._put(rows)
+        return waited
 
 
 def agree_to_stop(should_stop: Callable[[], bool], step: int) -> bool:
     """Whether to stop now; processes ask each other, so that all stop at the same step."""
-    if jax.process_count() == 1:
+    if distributed.num_processes() == 1:
         return should_stop()
     if step % AGREE_EVERY:
         return False
-    return bool(np.max(multihost_utils.process_allgather(np.array(should_stop()))))
+    return bool(distributed.highest(should_stop()))
 
 
 def _check_finite(name: str, unchecked: list[tuple[int, dict[str, jax.Array]]]) -> None:

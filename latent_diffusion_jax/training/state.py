@@ -1,11 +1,16 @@
 """The state of a training stage, and randomness that does not depend on the topology."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from latent_diffusion_jax.models.precision import multiplying
+from latent_diffusion_jax.runtime import sharding
 
 
 @flax.struct.dataclass
@@ -43,6 +48,45 @@ class Stage(NamedTuple):
     train_step: Callable[[State, Any, jax.Array], tuple[State, dict[str, jax.Array]]]
     eval_step: Callable[[State, Any, jax.Array], dict[str, jax.Array]]
     preview: Callable[[State, Any, jax.Array], jax.Array]
+
+
+def jit_train_step(
+    stage: Stage, state_shardings: Any, mesh: Mesh, options: dict[str, str] | None = None
+) -> Any:
+    """A stage's train step over a mesh; the state that it is given is gone afterwards.
+
+    It is traced, and compiled, with the mesh in context (`jax.set_mesh`).
+    """
+    everywhere = sharding.replicated(mesh)
+    return jax.jit(
+        stage.train_step,
+        in_shardings=(state_shardings, sharding.batch_sharding(mesh), everywhere),
+        out_shardings=(state_shardings, everywhere),
+        donate_argnums=0,
+        compiler_options=options,
+    )
+
+
+def with_precision(stage: Stage, precision: str, dtype: Any) -> Stage:
+    """The stage with products of one precision, also where none of its networks says its own.
+
+    Such as in backward passes that are written by hand, which are traced after the networks.
+
+    Args:
+      stage: its functions.
+      precision: one of `models.precision.PRECISIONS`.
+      dtype: of the computation.
+    """
+
+    def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any) -> Any:
+            with multiplying(precision, dtype):
+                return function(*args)
+
+        return run
+
+    return Stage(*(wrapped(function) for function in stage))
 
 
 def sample_keys(key: jax.Array, step: jax.Array, batch_size: int) -> jax.Array:

@@ -13,6 +13,7 @@ from latent_diffusion_jax.runtime.images import to_float
 from latent_diffusion_jax.runtime.trees import flatten_names
 from latent_diffusion_jax.training import autoencoder_stage
 from latent_diffusion_jax.training.codebook import CodebookAverage
+from latent_diffusion_jax.training.optimizer import make_optimizer
 from tests.first_stages import (
     ACTIVATION,
     DISCRIMINATOR,
@@ -255,3 +256,32 @@ def test_a_state_starts_from_anothers_parameters_with_all_that_follows_them():
     codebook = other["quantizer"]["codebook"]
     assert same(new.averages["codebook"], average.init(codebook))
     assert same((new.opt, new.step), (state.opt, state.step))
+
+
+@pytest.mark.parametrize("network", [KL, VQ], ids=["kl", "vq"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_dtypes_of_parameters_and_average(network, accumulation):
+    """Are those of the fresh state, and of the state after a step."""
+    average = CodebookAverage(0.5, 0.5) if network is VQ else None
+    stage = make_stage(
+        network,
+        ACTIVATION,
+        fields=dict(
+            ema_decay=0.9, codebook_average=average, accumulation=accumulation,
+            param_dtype="bfloat16", ema_dtype="float32", perceptual=perceptual_mean,
+        ),
+        optimizer=make_optimizer(9, 1e-3, 0, 1.0, (0.9, 0.9), 0.0, 1.0),
+        learn_logvar=True, lecam_weight=0.1, update_order="generator_first",
+    )  # fmt: skip
+    state = jax.eval_shape(stage.init, KEY).replace(frozen=jax.ShapeDtypeStruct((), jnp.float32))
+    params = flatten_names(state.params)
+    assert {str(params.pop("logvar").dtype)} == {"float32"}
+    assert {str(leaf.dtype) for leaf in params.values()} == {"bfloat16"}
+    others = jax.tree.leaves((state.ema, state.averages)) + [
+        leaf for leaf in jax.tree.leaves(state.opt) if leaf.ndim
+    ]
+    assert {str(leaf.dtype) for leaf in others} == {"float32"}
+    new, metrics = jax.eval_shape(stage.train_step, state, draw_batch(4), KEY)
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), new, state)
+    assert jax.tree.all(same)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(metrics)} == {"float32"}

@@ -8,16 +8,18 @@ import numpy as np
 import optax
 import pytest
 
-from latent_diffusion_jax.conditioning.base import Conditioning
+from latent_diffusion_jax.conditioning.base import Cond, Conditioning
 from latent_diffusion_jax.diffusion.losses import Objective
 from latent_diffusion_jax.diffusion.schedules import make_schedule
 from latent_diffusion_jax.ldm import LatentDiffusion
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.models.text_transformer import TextTransformer
 from latent_diffusion_jax.models.unet import UNet
+from latent_diffusion_jax.runtime import sharding
 from latent_diffusion_jax.runtime.images import to_float
 from latent_diffusion_jax.sampling import Request, Settings, make_draw, make_plan
 from latent_diffusion_jax.training import diffusion_stage
+from latent_diffusion_jax.training.optimizer import make_optimizer
 
 LENGTH = 6
 LDM = LatentDiffusion(
@@ -34,7 +36,18 @@ PREVIEWS = np.arange(2 * LENGTH, dtype=np.int32).reshape(2, LENGTH)
 KEY = jax.random.key(5)
 
 
-def make_stage(condition_dropout=0.1, optimizer=None, ldm=LDM, **objective):
+MESH = {"data": 4, "fsdp": 2, "tensor": 1}
+
+
+def make_stage(
+    condition_dropout=0.1,
+    optimizer=None,
+    ldm=LDM,
+    accumulation=1,
+    param_dtype="float32",
+    ema_dtype="float32",
+    **objective,
+):
     seeds = np.arange(2, dtype=np.uint32)
     return diffusion_stage.make_stage(
         ldm,
@@ -46,6 +59,9 @@ def make_stage(condition_dropout=0.1, optimizer=None, ldm=LDM, **objective):
         ema_decay=0.9,
         draw=make_draw(ldm, 8, 8),
         plan=make_plan(ldm.schedule, ldm.prediction_type, Settings(steps=2, guidance_scale=1.5)),
+        accumulation=accumulation,
+        param_dtype=param_dtype,
+        ema_dtype=ema_dtype,
     )
 
 
@@ -78,6 +94,113 @@ def test_a_step_trains_unet_and_conditioner_and_nothing_else(frozen, batch):
         assert any(jax.tree.leaves(changed)), part
     same = jax.tree.map(lambda a, b: bool((a == b).all()), new.frozen, frozen)
     assert jax.tree.all(same)
+
+
+def sgd():
+    """Gradient descent whose state shows the gradients."""
+    return optax.sgd(1e-2, momentum=0.0)
+
+
+def random_state(stage):
+    """A state before its first step; nothing is compiled for it."""
+    rng = np.random.default_rng(2)
+
+    def draw(leaf):
+        numbers = rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]) or 1)
+        return numbers.astype(leaf.dtype) if len(leaf.shape) > 1 else np.ones_like(numbers, "f")
+
+    state = jax.eval_shape(stage.init, KEY)
+    params = jax.tree.map(draw, state.params)
+    opt = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.opt)
+    return state.replace(step=np.int32(0), params=params, ema=params, opt=opt)
+
+
+def run_step(mesh, accumulation):
+    """A step with dropout, of 16 examples on this many devices."""
+    ldm = dataclasses.replace(LDM, unet=LDM.unet.clone(dropout=0.5))
+    stage = make_stage(optimizer=sgd(), ldm=ldm, accumulation=accumulation)
+    rng = np.random.default_rng(1)
+    batch = {
+        "moments": rng.normal(size=(16, 4, 4, 6)).astype(np.float32),
+        "tokens": rng.integers(1, 20, (16, LENGTH), dtype=np.int32),
+    }
+    state = random_state(stage).replace(frozen={"scale_factor": np.float32(0.7)})
+    state = jax.device_put(state, sharding.state_sharding(state, mesh))
+    step = jax.jit(
+        stage.train_step,
+        in_shardings=(sharding.replicated(mesh), sharding.batch_sharding(mesh), None),
+    )
+    new, metrics = step(state, sharding.put_batch(batch, mesh, 16), KEY)
+    return jax.device_get((new.opt, new.params, new.ema, metrics))
+
+
+def test_micro_batches_and_devices_make_the_step_of_the_whole_batch():
+    """Gradients, the average and the figures; with dropout, whose masks are by example."""
+    one = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    whole = run_step(one, 1)
+    found = run_step(sharding.make_mesh(MESH), 2)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole[0]))
+
+    def check(ours, theirs):
+        # Some gradients are zero but for rounding: of biases that a norm takes away again.
+        scale = max(np.abs(theirs).max(), 0.01 * largest)
+        assert np.abs(ours - theirs).max() <= 1e-5 * scale
+
+    jax.tree.map(check, found, whole)
+
+
+def test_dropout_masks_differ_by_step_and_example():
+    """Otherwise the test above could not fail."""
+    ldm = dataclasses.replace(LDM, unet=LDM.unet.clone(dropout=0.5))
+    params = random_state(make_stage(ldm=ldm)).params
+    row = np.random.default_rng(0).normal(size=(1, 4, 4, 3)).astype(np.float32)
+    context = Cond(context=jnp.ones((2, LENGTH, 8)))
+
+    @jax.jit
+    def predict(keys):
+        return ldm.predict(params, jnp.repeat(row, 2, 0), jnp.array([9, 9]), context, keys)
+
+    keys = jax.random.split(KEY, 3)
+    a, b = predict(keys[:2])
+    c, d = predict(keys[1:])
+    assert np.abs(a - b).max() > 0.01 and np.abs(c - d).max() > 0.01
+    np.testing.assert_array_equal(b, c)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_dtypes_of_parameters_average_and_moments(batch, accumulation):
+    """Are those of the fresh state, and of the state after a step."""
+    optimizer = make_optimizer(9, 1e-3, 0, 1.0, (0.9, 0.9), 0.0, 1.0, "bfloat16", "float32")
+    stage = make_stage(
+        optimizer=optimizer, accumulation=accumulation, param_dtype="bfloat16", ema_dtype="float32"
+    )
+    state = jax.eval_shape(stage.init, KEY)
+
+    def dtypes(tree):
+        return {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
+
+    moments = state.opt[1][0]
+    assert dtypes(state.params) == {"bfloat16"} and dtypes(state.ema) == {"float32"}
+    assert dtypes(moments.mu) == {"bfloat16"} and dtypes(moments.nu) == {"float32"}
+    params = jax.eval_shape(LDM.autoencoder.init, KEY, jnp.zeros((1, 8, 8, 3)))["params"]
+    frozen = {"autoencoder": params, "scale_factor": jax.ShapeDtypeStruct((), jnp.float32)}
+    state = state.replace(frozen=frozen)
+    new, metrics = jax.eval_shape(stage.train_step, state, batch, KEY)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert dtypes(metrics) == {"float32"}
+
+
+def test_a_state_starts_from_anothers_parameters_in_its_own_dtypes():
+    stage = make_stage(param_dtype="bfloat16", ema_dtype="float32")
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(stage.init, KEY))
+    given = jax.tree.map(lambda x: np.full(x.shape, 1 + 2**-9, np.float32), state.params)
+    new = diffusion_stage.start_from(state, given)
+    for part, dtype, value in ((new.params, jnp.bfloat16, 1.0), (new.ema, jnp.float32, 1 + 2**-9)):
+        for leaf in jax.tree.leaves(part):
+            assert leaf.dtype == dtype and float(leaf.ravel()[0]) == value
+    assert jax.tree.structure(new) == jax.tree.structure(state)
 
 
 def test_the_average_follows_the_decay(frozen, batch):

@@ -50,3 +50,12 @@ def test_the_average_follows_parameters_that_moved_once():
     for step in range(1000, 1010):
         average = ema.update(average, {"w": jnp.ones(1)}, jnp.asarray(step), 0.8)
     np.testing.assert_allclose(1 - average["w"], 0.8**10, rtol=1e-5)
+
+
+def test_the_average_keeps_its_dtype_and_is_computed_in_float32():
+    params = {"w": jnp.asarray([1.0 + 2**-7, 3.0], jnp.bfloat16)}
+    average = ema.update({"w": jnp.ones(2)}, params, jnp.asarray(10**6), 0.999)
+    assert average["w"].dtype == jnp.float32
+    np.testing.assert_allclose(average["w"], [1 + 1e-3 * 2**-7, 1.002], rtol=1e-7)
+    half = ema.update({"w": jnp.ones(2, jnp.bfloat16)}, params, jnp.asarray(10**6), 0.5)
+    assert half["w"].dtype == jnp.bfloat16 and float(half["w"][1]) == 2.0

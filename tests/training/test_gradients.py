@@ -93,3 +93,17 @@ def test_other_devices_branch_and_loop_where_cpus_do_not(platform):
     branched = str(jax.make_jaxpr(lambda x: run_if(x > 0.0, jnp.log, 0.0, x))(1.0))
     assert ("scan[" in looped) == (platform == "default")
     assert ("cond[" in branched) == (platform == "default")
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_halves_are_averaged_in_float32(platform, count):
+    rows = np.full(4, 1.0, np.float32)
+    rows[0] = 256.0  # 256 + 1 is not a number in bfloat16
+
+    def of_half(part):
+        return jnp.sum(part.astype(jnp.bfloat16)), part.astype(jnp.bfloat16)
+
+    found, last = jax.jit(lambda rows: accumulate(of_half, jnp.asarray(rows), count))(rows)
+    assert found.dtype == jnp.float32 and last.dtype == jnp.bfloat16
+    if count == 4:
+        assert float(found) == (256 + 3) / 4

@@ -2,6 +2,7 @@
 and training a part of the parameters."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -168,3 +169,72 @@ def test_training_a_part_leaves_the_others_alone_and_out_of_the_norm():
         np.testing.assert_allclose(params["net"]["decoder"][name], value, rtol=1e-6)
         for other in ("encoder", "decoder_2"):
             np.testing.assert_array_equal(params["net"][other][name], part[name])
+
+
+def test_the_state_is_that_of_optax_adamw():
+    """Checkpoints of its moments are restored."""
+    ours = make_optimizer(3, 1e-3, 0, 1.0, (0.9, 0.99), 0.01, 1.0)
+    theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lambda step: 1e-3))
+    params = {"w": np.ones(3, np.float32)}
+    assert jax.tree.structure(ours.init(params)) == jax.tree.structure(theirs.init(params))
+
+
+def in_bfloat16(x) -> np.ndarray:
+    return np.asarray(x, np.float32).astype(jnp.bfloat16).astype(np.float64)
+
+
+def test_moments_are_stored_in_their_dtypes_and_rounded_there_alone():
+    """Against Adam as it is written, in float64, with moments rounded after each update."""
+    start, gradients = draws(20)
+    optimizer = make_optimizer(
+        20, 0.01, 0, 1.0, (0.9, 0.95), 0.0, 0.0, mu_dtype="bfloat16", nu_dtype="bfloat16"
+    )
+    params = {name: np.asarray(value, np.float32) for name, value in start.items()}
+    state = optimizer.init(params)
+    expected = {name: np.array(value, np.float64) for name, value in start.items()}
+    mu, nu = ({name: np.zeros_like(x) for name, x in start.items()} for _ in range(2))
+    step = jax.jit(optimizer.update)
+    for n, gradient in enumerate(gradients, start=1):
+        updates, state = step(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        for name, g in gradient.items():
+            m = 0.9 * mu[name] + 0.1 * g
+            v = 0.95 * nu[name] + 0.05 * np.square(g, dtype=np.float64)
+            expected[name] -= 0.01 * m / (1 - 0.9**n) / (np.sqrt(v / (1 - 0.95**n)) + 1e-8)
+            mu[name], nu[name] = in_bfloat16(m), in_bfloat16(v)
+    moments = state[1][0]
+    for name in start:
+        assert moments.mu[name].dtype == moments.nu[name].dtype == jnp.bfloat16
+        # A number between two halves may be rounded to the other one.
+        np.testing.assert_allclose(moments.mu[name].astype(np.float32), mu[name], rtol=2**-7)
+        np.testing.assert_allclose(moments.nu[name].astype(np.float32), nu[name], rtol=2**-7)
+        assert params[name].dtype == np.float32
+        moved = np.abs(expected[name] - start[name]).max()
+        np.testing.assert_allclose(params[name], expected[name], rtol=0, atol=2e-3 * moved)
+
+
+@pytest.mark.parametrize(("beta", "falls"), [(0.999, False), (0.99, True)])
+def test_the_second_moment_in_bfloat16_falls_with_a_small_beta_alone(beta, falls):
+    """As said of `nu_dtype`: the cost that one has to know."""
+    optimizer = make_optimizer(9, 0.01, 0, 1.0, (0.9, beta), 0.0, 0.0, nu_dtype="bfloat16")
+    params = {"w": np.ones(50, np.float32)}
+    state = optimizer.init(params)
+    step = jax.jit(optimizer.update)
+    gradient = {"w": np.random.default_rng(0).normal(size=50).astype(np.float32)}
+    _, state = step(gradient, state, params)
+    before = np.asarray(state[1][0].nu["w"], np.float32)
+    for _ in range(10):
+        _, state = step({"w": np.zeros(50, np.float32)}, state, params)
+    after = np.asarray(state[1][0].nu["w"], np.float32)
+    assert (after < before).all() if falls else (after == before).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_moments_do_not_take_the_dtype_of_the_parameters(dtype):
+    optimizer = make_optimizer(9, 0.01, 0, 1.0, (0.9, 0.9), 0.01, 1.0, mu_dtype=dtype)
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    state = optimizer.init(params)
+    updates, new = jax.jit(optimizer.update)({"w": jnp.ones(3)}, state, params)
+    for moments in (state[1][0], new[1][0]):
+        assert (moments.mu["w"].dtype, moments.nu["w"].dtype) == (jnp.dtype(dtype), jnp.float32)
+    assert optax.apply_updates(params, updates)["w"].dtype == jnp.bfloat16

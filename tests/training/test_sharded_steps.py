@@ -45,7 +45,7 @@ def run_steps(stage, frozen, batch, mesh, steps=3):
     step = jax.jit(stage.train_step)
     losses = []
     for _ in range(steps):
-        state, metrics = step(state, sharding.put_batch(batch, mesh), key)
+        state, metrics = step(state, sharding.put_batch(batch, mesh, 8), key)
         losses.append(float(metrics["loss"]))
     return losses, jax.device_get((state.params, state.averages)), state
 
