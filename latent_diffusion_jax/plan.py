@@ -1,0 +1,175 @@
+r"""Says of a config, before any TPU is paid for, whether it fits one and how fast it will be.
+
+  python -m latent_diffusion_jax.plan --config=configs/stable_diffusion.py --topology=v5e:4x4
+
+compiles the train steps and the sampler with the compiler for TPUs, which runs on any Linux x86-64
+machine (pip install libtpu), without weights or data, and prints for each: memory of a chip by
+kind, floating-point operations against the model's own, collectives, a roofline of the step time,
+images a second, and the largest batch of a chip that fits. Several topologies make a table:
+--topology=v5e:4x4,v5p:2x2x1,v6e:2x4 (`*2` behind one: two slices). config.data.latents=X plans
+for latents that are encoded before; X need not exist.
+
+Exits with 1 where a program does not fit, and says what would make it fit.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+from absl import flags
+from jax.experimental import serialize_executable
+from ml_collections import ConfigDict, config_flags
+
+from latent_diffusion_jax.config_checks import check_config
+from latent_diffusion_jax.planning import programs, report, search
+from latent_diffusion_jax.planning.compiled import Compiled, compile_program
+from latent_diffusion_jax.planning.topologies import open_topology
+from latent_diffusion_jax.runtime import sharding
+from latent_diffusion_jax.runtime.commands import run
+from latent_diffusion_jax.runtime.errors import UserError, as_user_error
+
+FLAGS = flags.FLAGS
+
+
+def plan(
+    config: ConfigDict,
+    topology: str,
+    name: str,
+    *,
+    num_labels: int = 1_000,
+    searched: bool = True,
+    save: pathlib.Path | None = None,
+) -> dict[str, Any]:
+    """Plans one program of a config on one topology, and prints what there is to say.
+
+    Args:
+      config: of a run.
+      topology: see `topologies.open_topology`.
+      name: `first_stage`, `diffusion` or `sample`.
+      num_labels: of the data, with conditioning "class".
+      searched: look for the largest batch, or for what would make it fit.
+      save: folder that the compiled program is written to.
+
+    Returns:
+      The figures, see `report.as_row`.
+
+    Raises:
+      UserError: there is no such topology, or the config does not go with it.
+    """
+    devices, slices = open_topology(topology)
+
+    def compiled(config: ConfigDict, images: int, fast: bool) -> Compiled:
+        sizes = dict(config.mesh) if name != programs.SAMPLE else dict(data=-1, fsdp=1, tensor=1)
+        mesh = sharding.make_mesh(sizes, devices)
+        batch_size = images * slices.num_chips
+        if name != programs.SAMPLE:
+            section = config.first_stage if name == "first_stage" else config
+            key = "first_stage.batch_size" if name == "first_stage" else "batch_size"
+            sharding.check_batch_size(batch_size // section.accumulation, mesh, key)
+        with as_user_error("the config's parts do not fit together"):
+            program = programs.make(config, name, mesh, batch_size, num_labels)
+        return compile_program(program, slices, fast=fast)
+
+    def attempt(config: ConfigDict, images: int) -> Compiled:
+        return compiled(config, images, fast=True)
+
+    images = _images_of_chip(config, name, slices.num_chips)
+    found = compiled(config, images, fast=False)
+    print(report.describe(topology, found), flush=True)
+    largest = None
+    if searched and found.memory.fits:
+        largest = search.largest_batch(config, found, attempt)
+        print(f"  the largest batch that fits: {largest} images a chip", flush=True)
+    elif searched:
+        change = search.changes_that_fit(config, name, images, slices.num_chips, attempt)
+        if change is None:
+            print("  no batch, no rematerialisation and no sharding makes it fit", flush=True)
+        else:
+            total = change[1].memory.total / report.GIB
+            print(f"  it fits with {change[0]} ({total:.2f} GiB)", flush=True)
+    if save is not None and found.executable is not None:
+        _save(found, save / f"{name}_{topology.replace(':', '_').replace('*', '_')}")
+    return report.as_row(topology, found, largest)
+
+
+def _images_of_chip(config: ConfigDict, name: str, num_chips: int) -> int:
+    if name == programs.SAMPLE:
+        return config.sample.batch_size  # of each device
+    key = "first_stage.batch_size" if name == "first_stage" else "batch_size"
+    batch_size = (config.first_stage if name == "first_stage" else config).batch_size
+    if batch_size % num_chips:
+        raise UserError(f"{key}={batch_size} is not divisible by {num_chips} chips")
+    return batch_size // num_chips
+
+
+def _save(found: Compiled, path: pathlib.Path) -> None:
+    """Writes a compiled program, for the machine it was compiled for with this version of JAX, and
+    its text for whoever wants to know more."""
+    payload, _, _ = serialize_executable.serialize(found.executable)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(payload)
+        path.with_suffix(".txt").write_text(found.text)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    print(f"  compiled program: {path}, {len(payload) / report.GIB * 1024:.1f} MiB", flush=True)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError where the config contradicts itself; no weights or data are needed."""
+    config = config.copy_and_resolve_references()
+    with as_user_error("the config does not fit the networks"):
+        if "clip" in config and not config.clip.path:
+            config.clip.path = "not needed for plans"
+        check_config(config)
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "Config file, then overrides.")
+    flags.DEFINE_list("topology", None, "TPUs to plan for, such as v5e:4x4,v5p:2x2x1.")
+    flags.DEFINE_list("programs", None, "Of first_stage, diffusion, sample; default all there are.")
+    flags.DEFINE_integer("num_labels", 1_000, "Of the data, with conditioning 'class'.")
+    flags.DEFINE_bool("search", True, "Look for the largest batch, or for what makes it fit.")
+    flags.DEFINE_string("save", None, "Folder that compiled programs are written to.")
+    flags.DEFINE_string("json", None, "File that all figures are written to.")
+    flags.mark_flags_as_required(["config", "topology"])
+
+
+def main() -> None:
+    jax.config.update("jax_platforms", "cpu")  # the compiler alone is asked for TPUs
+    config = FLAGS.config
+    check(config)
+    known = [*config.stages, *([programs.SAMPLE] if "diffusion" in config.stages else [])]
+    names = FLAGS.programs or known
+    for name in names:
+        if name not in known:
+            raise UserError(f"--programs={name}: this config has {', '.join(known)}")
+    save = pathlib.Path(FLAGS.save).expanduser() if FLAGS.save else None
+    rows = [
+        plan(
+            config,
+            topology,
+            name,
+            num_labels=FLAGS.num_labels,
+            searched=FLAGS.search,
+            save=save,
+        )
+        for topology in FLAGS.topology
+        for name in names
+    ]
+    if len(rows) > 1:
+        print("\n" + report.markdown(rows))
+    if FLAGS.json:
+        path = pathlib.Path(FLAGS.json).expanduser()
+        try:
+            path.write_text(json.dumps(rows, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+    if not all(row["fits"] for row in rows):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    define_flags()
+    run(main, alone=True)

@@ -1,0 +1,150 @@
+"""Programs compiled ahead of time: do they fit, what do they cost, how fast will they be."""
+
+import dataclasses
+import pathlib
+import re
+import tempfile
+import time
+from typing import Any
+
+import jax
+
+from latent_diffusion_jax.planning import costs, hlo
+from latent_diffusion_jax.planning.costs import Cost
+from latent_diffusion_jax.planning.links import Slices
+from latent_diffusion_jax.planning.programs import Program
+
+# Without the search for the best windows of convolutions, which takes two thirds of the compiler's
+# time and changes nothing of the memory.
+FAST = {"xla_jf_convolution_performance_target": 0}
+_SIZES = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "": 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Of one chip, in bytes.
+
+    Attributes:
+      resident: what lies there while the program runs, by kind.
+      temporaries: what the program allocates for itself, its results and code included.
+      available: to programs.
+      counted: the compiler laid it out; otherwise it gave up, and the sum is what it says.
+    """
+
+    resident: dict[str, float]
+    temporaries: float
+    available: float
+    counted: bool = True
+
+    @property
+    def total(self) -> float:
+        return sum(self.resident.values()) + self.temporaries
+
+    @property
+    def fits(self) -> bool:
+        return self.counted and self.total <= self.available
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What there is to say of a program.
+
+    Attributes:
+      program: it.
+      slices: that it was compiled for.
+      memory: of a chip.
+      seconds: that compiling took, tracing included.
+      model_flops: in one call, on all chips (see `runtime.flops`).
+      cost: on each chip; None where the program does not fit or nobody asked.
+      executable: None where it does not fit.
+      text: of the compiled program, where its cost was asked for.
+    """
+
+    program: Program
+    slices: Slices
+    memory: Memory
+    seconds: float
+    model_flops: float
+    cost: Cost | None
+    executable: Any
+    text: str = ""
+
+    @property
+    def images_per_second(self) -> float:
+        """On all chips."""
+        assert self.cost is not None
+        return self.program.images / self.cost.seconds
+
+    @property
+    def mfu(self) -> float:
+        """The model's operations as a share of what the chips could do in that time."""
+        assert self.cost is not None
+        peak = self.slices.chip.flops * self.slices.num_chips
+        return self.model_flops / self.cost.seconds / peak
+
+    @property
+    def compiled_to_model(self) -> float:
+        """Operations of the compiled program to the model's: what is recomputed shows here."""
+        assert self.cost is not None
+        return self.cost.flops * self.slices.num_chips / self.model_flops
+
+
+def compile_program(program: Program, slices: Slices, *, fast: bool = False) -> Compiled:
+    """Compiles a program.
+
+    Args:
+      program: it.
+      slices: that it is for.
+      fast: to see whether it fits, and no more.
+    """
+    start = time.perf_counter()
+    traced = program.trace()
+    flops = program.model_flops(traced)
+    with jax.set_mesh(program.mesh):
+        lowered = traced.lower()
+    try:
+        executable, text = _compile(lowered, FAST) if fast else _compile_with_text(lowered)
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed(str(error))
+        if needed is None:
+            raise
+        seconds = time.perf_counter() - start
+        memory = Memory(program.resident, needed, slices.chip.memory, counted=False)
+        return Compiled(program, slices, memory, seconds, flops, None, None)
+    seconds = time.perf_counter() - start
+    found = executable.memory_analysis()
+    own = (
+        found.temp_size_in_bytes
+        + found.generated_code_size_in_bytes
+        + max(found.output_size_in_bytes - found.alias_size_in_bytes, 0)
+    )
+    memory = Memory(program.resident, float(own), slices.chip.memory)
+    cost = None
+    if not fast:
+        cost = costs.estimate(hlo.parse(text), slices, program.rounds)
+    return Compiled(program, slices, memory, seconds, flops, cost, executable, text)
+
+
+def _compile(lowered: Any, options: dict[str, Any]) -> tuple[Any, str]:
+    # From which programs for devices that are not there cannot be read.
+    cached = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        return lowered.compile(compiler_options=options), ""
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+
+
+def _compile_with_text(lowered: Any) -> tuple[Any, str]:
+    """The text by way of a file: JAX's own way fails for some of the compiler's operations."""
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        executable, _ = _compile(lowered, dump)
+        (path,) = pathlib.Path(folder).glob("*after_codegen.txt")
+        return executable, path.read_text()
+
+
+def _needed(message: str) -> float | None:
+    """Bytes of temporaries that the compiler ran out of memory for; None for other errors."""
+    found = re.search(r"\(([\d.]+)([KMG]?)\) exceeds available HBM", message)
+    return float(found[1]) * _SIZES[found[2]] if found else None

@@ -1,0 +1,226 @@
+"""The programs that a config makes, to be compiled without weights, data or devices."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from latent_diffusion_jax import build
+from latent_diffusion_jax.conditioning.base import UNCONDITIONAL, Conditioning
+from latent_diffusion_jax.ldm import LatentDiffusion
+from latent_diffusion_jax.models.clip_text import PUBLISHED
+from latent_diffusion_jax.models.lpips import LPIPS
+from latent_diffusion_jax.runtime import sharding
+from latent_diffusion_jax.runtime.flops import traced_flops
+from latent_diffusion_jax.sampling import Request, make_draw
+from latent_diffusion_jax.training.state import Stage, jit_train_step
+
+SAMPLE = "sample"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program of a run.
+
+    Attributes:
+      name: `first_stage` and `diffusion`, train steps, or `sample`.
+      function: jitted.
+      arguments: shapes, with shardings.
+      mesh: that it is compiled for.
+      images: of a call.
+      rounds: of its loops whose number is an argument: a sampler's steps.
+      resident: bytes on each chip while it runs, by kind, beside what it allocates itself.
+    """
+
+    name: str
+    function: Any
+    arguments: tuple[Any, ...]
+    mesh: Mesh
+    images: int
+    rounds: int
+    resident: dict[str, float]
+
+    def trace(self) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.function.trace(*self.arguments)
+
+    def model_flops(self, traced: Any) -> float:
+        """The model's operations in one call, on all chips (see `runtime.flops`)."""
+        return traced_flops(traced.jaxpr, rounds=self.rounds)
+
+
+def make(config: ConfigDict, name: str, mesh: Mesh, batch_size: int, num_labels: int) -> Program:
+    """A program of a config.
+
+    Args:
+      config: of a run.
+      name: of the program.
+      mesh: to compile it for.
+      batch_size: images of a step, or of a call of the sampler, on all chips.
+      num_labels: of the data, with conditioning "class".
+    """
+    if name == SAMPLE:
+        return _sampler(config, mesh, batch_size, num_labels)
+    stage, batch, frozen, unused = _STAGES[name](config, batch_size, num_labels)
+    state = jax.eval_shape(stage.init, jax.random.key(0)).replace(frozen=frozen)
+    shardings = sharding.state_sharding(state, mesh)
+    state = _placed(state, shardings)
+    batch = _placed(batch, sharding.batch_sharding(mesh))
+    key = _placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh))
+    frozen_bytes = bytes_of_device(state.frozen) + bytes_of_device(
+        _placed(unused, sharding.state_sharding(unused, mesh))
+    )
+    resident = {
+        "parameters": bytes_of_device(state.params),
+        "average": bytes_of_device((state.ema, state.averages)),
+        "optimizer": bytes_of_device(state.opt),
+        "frozen": frozen_bytes,
+        "batches": 2 * bytes_of_device(batch),  # this step's and the next one's
+    }
+    step = jit_train_step(stage, shardings, mesh)
+    return Program(name, step, (state, batch, key), mesh, batch_size, 1, resident)
+
+
+def _sampler(config: ConfigDict, mesh: Mesh, batch_size: int, num_labels: int) -> Program:
+    ldm, conditioning = _second_stage(config, num_labels)
+    key = jax.random.key(0)
+
+    def init() -> Any:
+        null = {name: jnp.asarray(value)[None] for name, value in conditioning.null.items()}
+        params = dict(ldm.init_trained(key, null))
+        if ldm.conditioner is not None and "conditioner" not in params:
+            params["conditioner"] = ldm.conditioner.init(key, *null.values())["params"]
+        if ldm.autoencoder is not None:
+            params["autoencoder"] = _autoencoder_params(ldm, key)
+            params["scale_factor"] = jnp.float32(1.0)
+        return params
+
+    same, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    dtype = build.DTYPES[config.unet.dtype]
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim else x.dtype), jax.eval_shape(init)
+    )
+    params = _placed(params, same)
+    inputs: Any = {
+        name: jax.ShapeDtypeStruct((batch_size, *value.shape), value.dtype)
+        for name, value in conditioning.null.items()
+    }
+    seeds: Any = jax.ShapeDtypeStruct((batch_size,), jnp.uint32)
+    guided = bool(inputs) and config.sample.guidance_scale != 1.0
+    request = Request(seeds, inputs, inputs if guided else None)
+    rows = split if batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else same
+    plan = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, build.sample_plan(config)))
+    arguments = params, _placed(request, rows), _placed(plan, same)
+    draw = jax.jit(make_draw(ldm, ldm.image_size, ldm.image_size))
+    resident = {"parameters": bytes_of_device(params)}
+    return Program(SAMPLE, draw, arguments, mesh, batch_size, config.sample.steps, resident)
+
+
+def _first_stage_program(
+    config: ConfigDict, batch_size: int, num_labels: int
+) -> tuple[Stage, Any, Any, Any]:
+    """(stage, batch, frozen parameters, those that are there and that the step does not read)."""
+    del num_labels
+    frozen = None
+    if config.first_stage.loss.lpips_weights:
+        pair = jnp.zeros((1, 64, 64, 3))
+        frozen = jax.eval_shape(lambda: LPIPS().init(jax.random.key(0), pair, pair)["params"])
+    return build.first_stage(config), {"image": _images(config, batch_size)}, frozen, ()
+
+
+def _diffusion_program(
+    config: ConfigDict, batch_size: int, num_labels: int
+) -> tuple[Stage, Any, Any, Any]:
+    ldm, conditioning = _second_stage(config, num_labels)
+    frozen: dict[str, Any] = {}
+    unused: Any = ()
+    batch = {
+        name: jax.ShapeDtypeStruct((batch_size, *value.shape), value.dtype)
+        for name, value in conditioning.null.items()
+    }
+    if ldm.autoencoder is None or not config.data.latents:
+        batch["image"] = _images(config, batch_size)
+    else:
+        h, w, c = ldm.latent_shape
+        moments = 2 * c if config.first_stage.kind == "kl" else c
+        batch["moments"] = jax.ShapeDtypeStruct((batch_size, h, w, moments), jnp.float32)
+    if ldm.autoencoder is not None:
+        frozen["scale_factor"] = jax.ShapeDtypeStruct((), jnp.float32)
+        params = jax.eval_shape(lambda: _autoencoder_params(ldm, jax.random.key(0)))
+        if config.data.latents:
+            unused = {k: v for k, v in params.items() if k.startswith(("decoder", "post"))}
+        else:
+            frozen["autoencoder"] = params
+    if ldm.conditioner is not None and not ldm.trained_conditioner:
+        null = next(iter(conditioning.null.values()))[None]
+        frozen["conditioner"] = jax.eval_shape(
+            lambda: ldm.conditioner.init(jax.random.key(0), null)["params"]  # type: ignore
+        )
+    return build.second_stage(config, ldm, conditioning), batch, frozen, unused
+
+
+_STAGES: dict[str, Callable[[ConfigDict, int, int], tuple[Stage, Any, Any, Any]]] = {
+    "first_stage": _first_stage_program,
+    "diffusion": _diffusion_program,
+}
+
+
+def _second_stage(config: ConfigDict, num_labels: int) -> tuple[LatentDiffusion, Conditioning]:
+    """The networks, and the host half of their condition, as far as shapes go.
+
+    Of what a run finds out from data it is taken that the tokenizer has all the tokens that the
+    config allows, that there are `num_labels`, and that `clip.path` has the encoder that the config
+    expects.
+    """
+    kind = config.conditioning
+    clip = PUBLISHED[config.clip.model] if kind == "clip" else None
+    length = config.tokenizer.max_length if kind == "text" else clip["max_length"] if clip else 0
+    vocabulary = config.tokenizer.vocab_size if kind == "text" else 0
+    ldm = build.latent_diffusion(config, vocabulary, length, num_labels=num_labels, clip=clip)
+    if kind in ("text", "clip"):
+        tokens = np.zeros(length, np.int32)
+        previews = np.zeros((len(config.sample.prompts), length), np.int32)
+        return ldm, Conditioning(lambda record, rng: {}, {"tokens": tokens}, {"tokens": previews})
+    if kind == "class":
+        previews = np.zeros(len(config.sample.labels), np.int32)
+        label = np.array(num_labels, np.int32)
+        return ldm, Conditioning(lambda record, rng: {}, {"label": label}, {"label": previews})
+    return ldm, UNCONDITIONAL
+
+
+def _autoencoder_params(ldm: LatentDiffusion, key: jax.Array) -> Any:
+    size = ldm.image_size
+    images = jnp.zeros((1, size, size, ldm.image_channels))
+    assert ldm.autoencoder is not None
+    return ldm.autoencoder.init(key, images)["params"]
+
+
+def _images(config: ConfigDict, batch_size: int) -> jax.ShapeDtypeStruct:
+    size = config.data.image_size
+    return jax.ShapeDtypeStruct((batch_size, size, size, build.image_channels(config)), jnp.uint8)
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    """Shapes with shardings: one for each leaf, or one for all."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
+    )
+
+
+def bytes_of_device(tree: Any) -> float:
+    """Bytes of a tree of placed shapes on each device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * _itemsize(x) for x in jax.tree.leaves(tree)
+    )
+
+
+def _itemsize(x: Any) -> int:
+    return 8 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize

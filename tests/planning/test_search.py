@@ -1,0 +1,109 @@
+"""The search for a batch, or for a change, that fits: where memory is a known function of both."""
+
+import types
+
+import pytest
+
+from configs import txt2img
+from latent_diffusion_jax.planning import search
+from latent_diffusion_jax.planning.compiled import Memory
+
+AVAILABLE = 1000.0
+
+
+def attempt_with(bytes_of):
+    """`attempt` for a memory of `bytes_of(config, images)`; keeps what was asked."""
+    asked = []
+
+    def attempt(config, images):
+        asked.append((config, images))
+        memory = Memory({"parameters": 0.0}, bytes_of(config, images), AVAILABLE)
+        return types.SimpleNamespace(
+            memory=memory,
+            program=types.SimpleNamespace(images=4 * images),
+            slices=types.SimpleNamespace(num_chips=4),
+        )
+
+    return attempt, asked
+
+
+@pytest.mark.parametrize(
+    ("fixed", "of_image", "start", "expected"),
+    [
+        (100.0, 10.0, 8, (80, 90)),
+        (100.0, 450.0, 1, (2, 2)),
+        (0.0, 1000.0, 1, (1, 1)),
+        (0.0, 0.001, 4, (search.MOST, search.MOST)),
+    ],
+)
+def test_the_largest_batch(fixed, of_image, start, expected):
+    attempt, asked = attempt_with(lambda config, images: fixed + of_image * images)
+    found = search.largest_batch(None, attempt(None, start), attempt)
+    assert expected[0] <= found <= expected[1]
+    assert len(asked) <= 8  # each is a compilation
+
+
+def test_the_largest_batch_where_memory_does_not_grow_evenly():
+    attempt, _ = attempt_with(lambda config, images: 200.0 if images < 40 else 30.0 * images)
+    assert search.largest_batch(None, attempt(None, 2), attempt) in range(30, 40)
+
+
+def needs(fsdp=1, remat=("none", "blocks", "full"), accumulation=1, images=8):
+    """Fits with at least so much sharding, one of these policies, so many micro-batches."""
+
+    def bytes_of(config, batch):
+        fits = (
+            config.mesh.fsdp >= fsdp
+            and config.unet.remat in remat
+            and config.accumulation >= accumulation
+            and batch <= images
+        )
+        return 500.0 if fits else 2000.0
+
+    return bytes_of
+
+
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        (needs(fsdp=4), "--config.mesh.data=1 --config.mesh.fsdp=4"),
+        (needs(accumulation=4), "--config.accumulation=4"),
+        (needs(remat=("blocks",)), "--config.unet.remat=blocks"),
+        (
+            needs(remat=("full",), accumulation=2),
+            "--config.unet.remat=full --config.accumulation=2",
+        ),
+        (needs(fsdp=4, images=2), "--config.batch_size=8"),
+    ],
+)
+def test_changes_that_fit_are_named_and_were_tried(memory, said):
+    config = txt2img.get_config("smoke")
+    attempt, asked = attempt_with(memory)
+    found = search.changes_that_fit(config, "diffusion", 8, 4, attempt)
+    assert found is not None and found[0].endswith(said)
+    tried, images = asked[-1]
+    assert memory(tried, images) <= AVAILABLE
+    for flag in found[0].split():
+        key, _, value = flag.removeprefix("--config.").partition("=")
+        if key == "batch_size":
+            assert images * 4 == int(value)
+            continue
+        at = tried
+        for part in key.split("."):
+            at = at[part]
+        assert str(at) == value
+    assert config == txt2img.get_config("smoke")  # the run's own is left alone
+
+
+def test_what_never_fits():
+    attempt, _ = attempt_with(lambda config, images: 2000.0)
+    config = txt2img.get_config("smoke")
+    assert search.changes_that_fit(config, "diffusion", 8, 4, attempt) is None
+    assert search.changes_that_fit(config, "sample", 8, 4, attempt) is None
+
+
+def test_samplers_are_given_fewer_images():
+    attempt, asked = attempt_with(lambda config, images: 300.0 * images)
+    found = search.changes_that_fit(txt2img.get_config("smoke"), "sample", 16, 4, attempt)
+    assert found is not None and found[0] == "--config.sample.batch_size=2"
+    assert [images for _, images in asked] == [8, 4, 2]
