@@ -29,12 +29,18 @@ def get_config() -> ConfigDict:
     config.mesh.data = -1
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
+    config.mesh.dcn_data = -1  # slices of TPUs along each axis; one may be -1
+    config.mesh.dcn_fsdp = 1
+    config.mesh.dcn_tensor = 1
 
     config.log_every = 50  # steps
     config.eval_every = 1_000  # steps between figures and pictures of the held-out split
     config.eval_examples = 1_000
     config.checkpoint_every = 1_000  # steps
     config.keep_checkpoints = 2  # of each stage
+    config.profile = ConfigDict()  # a trace for XProf, in the workdir's profile/
+    config.profile.after = 10  # steps of this call
+    config.profile.steps = 0  # that it holds; 0: none
     return config
 
 
@@ -49,6 +55,8 @@ def optimizer(learning_rate: float) -> ConfigDict:
     section.betas = (0.9, 0.999)
     section.weight_decay = 0.01
     section.clip_norm = 0.0  # of the gradients' global norm; 0: no clipping
+    section.mu_dtype = "float32"  # that the first moment is stored in; or "bfloat16"
+    section.nu_dtype = "float32"  # the second; in bfloat16 it needs a second beta below 0.995
     return section
 
 
@@ -68,7 +76,8 @@ def first_stage(kind: str) -> ConfigDict:
     section.autoencoder.attention_levels = ()  # 0 is full resolution
     section.autoencoder.mid_attention = True
     section.autoencoder.num_groups = 32
-    section.autoencoder.remat = False  # recompute blocks in the backward pass, to save memory
+    # Computed anew in the backward pass, to save memory: dots, blocks, full or offload.
+    section.autoencoder.remat = "none"
     section.autoencoder.dtype = "float32"  # of the computation; or "bfloat16"
     if kind == "vq":
         section.autoencoder.codebook_size = 8_192
@@ -106,6 +115,10 @@ def first_stage(kind: str) -> ConfigDict:
 
     section.batch_size = 32
     section.accumulation = 1  # micro-batches that a batch is worked on in
+    section.precision = "high"  # of float32 products on TPUs; "default" (as in bfloat16), "highest"
+    section.param_dtype = "float32"  # of the trained parameters; or "bfloat16"
+    # Of the moving average; bfloat16 does not follow where ema_decay is near 1.
+    section.ema_dtype = "float32"
     section.optimizer = optimizer(learning_rate=4.5e-6 * section.batch_size)
     section.optimizer.betas = (0.5, 0.9)
     section.optimizer.weight_decay = 0.0
@@ -126,6 +139,9 @@ def second_stage(config: ConfigDict, conditioning: str) -> None:
     if conditioning == "clip":
         config.clip = ConfigDict()
         config.clip.path = ""  # folder of diffusers with text_encoder/ and tokenizer/
+        config.clip.model = (
+            "ViT-L/14"  # that is expected there; or "ViT-H/14", Stable Diffusion 2's
+        )
         config.clip.dtype = "bfloat16"
     if conditioning == "text":
         config.tokenizer = ConfigDict()
@@ -154,7 +170,8 @@ def second_stage(config: ConfigDict, conditioning: str) -> None:
     config.unet.as_in_ddpm = False  # sinusoids and padding of DDPM's code, not of LDM's
     config.unet.dropout = 0.0  # share of a residual block's features
     config.unet.num_groups = 32
-    config.unet.remat = False  # compute blocks anew in the backward pass, to save memory
+    # Computed anew in the backward pass, to save memory: dots, blocks, full or offload.
+    config.unet.remat = "none"
     config.unet.dtype = "bfloat16"
     config.schedule = ConfigDict()
     config.schedule.name = "scaled_linear"
@@ -178,6 +195,11 @@ def second_stage(config: ConfigDict, conditioning: str) -> None:
     config.condition_dropout = 0.1  # share of conditions replaced by none, for guidance
     config.ema_decay = 0.9999
     config.batch_size = 256
+    config.accumulation = 1  # micro-batches that a batch is worked on in
+    config.precision = "high"  # of float32 products on TPUs; "default" (as in bfloat16), "highest"
+    config.param_dtype = "float32"  # of the trained parameters; or "bfloat16"
+    # Of the moving average; bfloat16 does not follow where ema_decay is near 1.
+    config.ema_dtype = "float32"
     config.num_steps = 390_000
 
     # Samples: what the commands and previews use where nothing else is said.

@@ -35,6 +35,7 @@ def get_config(variant: str = "v1") -> ConfigDict:
     config.sample.guidance_scale = 7.5
     config.sample.batch_size = 4
     if variant != "v1":
+        config.clip.model = "ViT-H/14"
         config.unet.num_heads, config.unet.head_dim = 0, 64
         config.objective.prediction_type = "v" if variant == "v2" else "epsilon"
     return config

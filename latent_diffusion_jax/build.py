@@ -36,7 +36,7 @@ from latent_diffusion_jax.training import autoencoder_stage, diffusion_stage
 from latent_diffusion_jax.training.autoencoder_losses import AutoencoderLosses
 from latent_diffusion_jax.training.codebook import CodebookAverage
 from latent_diffusion_jax.training.optimizer import make_optimizer
-from latent_diffusion_jax.training.state import Stage
+from latent_diffusion_jax.training.state import Stage, with_precision
 from latent_diffusion_jax.weights import lpips as lpips_weights
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -113,7 +113,7 @@ def example_maker(
 
 def autoencoder(config: ConfigDict) -> AutoencoderKL | AutoencoderVQ:
     fields = network_fields(config.first_stage.autoencoder)
-    return AUTOENCODERS[config.first_stage.kind](**fields)
+    return AUTOENCODERS[config.first_stage.kind](**fields, precision=config.first_stage.precision)
 
 
 def perceptual_params(config: ConfigDict) -> Any:
@@ -134,7 +134,7 @@ def first_stage(config: ConfigDict) -> Stage:
     size = config.data.image_size
     losses = dict(section.loss)
     lpips_file, lpips_dtype = losses.pop("lpips_weights"), DTYPES[losses.pop("lpips_dtype")]
-    lpips = LPIPS(dtype=lpips_dtype) if lpips_file else None
+    lpips = LPIPS(dtype=lpips_dtype, precision=section.precision) if lpips_file else None
 
     def perceptual(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         assert lpips is not None
@@ -145,9 +145,10 @@ def first_stage(config: ConfigDict) -> Stage:
         codebook_average = CodebookAverage(**section.codebook)
     # The discriminator's schedule counts from its own first update.
     disc_steps = max(num_steps - section.loss.disc_start, 1)
-    return autoencoder_stage.make_stage(
-        autoencoder(config),
-        PatchDiscriminator(**network_fields(section.discriminator)),
+    network = autoencoder(config)
+    stage = autoencoder_stage.make_stage(
+        network,
+        PatchDiscriminator(**network_fields(section.discriminator), precision=section.precision),
         {
             "autoencoder": make_optimizer(num_steps, **section.optimizer),
             "discriminator": make_optimizer(disc_steps, **section.discriminator_optimizer),
@@ -159,7 +160,10 @@ def first_stage(config: ConfigDict) -> Stage:
         ema_decay=section.ema_decay,
         codebook_average=codebook_average,
         accumulation=section.accumulation,
+        param_dtype=section.param_dtype,
+        ema_dtype=section.ema_dtype,
     )
+    return with_precision(stage, section.precision, network.dtype)
 
 
 def latent_diffusion(
@@ -182,10 +186,14 @@ def latent_diffusion(
     num_classes = 0  # that the UNet embeds
     if config.conditioning == "text":
         conditioner = TextTransformer(
-            vocab_size=vocab_size, max_length=max_length, **network_fields(config.text_encoder)
+            vocab_size=vocab_size,
+            max_length=max_length,
+            **network_fields(config.text_encoder),
+            precision=config.precision,
         )
     elif config.conditioning == "clip":
-        conditioner = ClipTextEncoder(**{**(clip or {}), "dtype": DTYPES[config.clip.dtype]})
+        given = {"dtype": DTYPES[config.clip.dtype], "precision": config.precision}
+        conditioner = ClipTextEncoder(**{**(clip or {}), **given})
     elif config.conditioning == "class" and config.class_embedding.width:
         width, dtype = config.class_embedding.width, DTYPES[config.unet.dtype]
         conditioner = ClassEmbedding(num_labels + 1, width, dtype)
@@ -198,6 +206,7 @@ def latent_diffusion(
         out_channels=channels * (2 if learned_variance else 1),
         num_classes=num_classes,
         **network_fields(config.unet),
+        precision=config.precision,
     )
     return LatentDiffusion(
         first,
@@ -261,7 +270,7 @@ def second_stage(config: ConfigDict, ldm: LatentDiffusion, conditioning: Conditi
       ldm: what `latent_diffusion` gave.
       conditioning: what `make_conditioning` gave.
     """
-    return diffusion_stage.make_stage(
+    stage = diffusion_stage.make_stage(
         ldm,
         make_optimizer(config.num_steps, **config.optimizer),
         conditioning,
@@ -271,7 +280,11 @@ def second_stage(config: ConfigDict, ldm: LatentDiffusion, conditioning: Conditi
         ema_decay=config.ema_decay,
         draw=make_draw(ldm, ldm.image_size, ldm.image_size),
         plan=sample_plan(config),
+        accumulation=config.accumulation,
+        param_dtype=config.param_dtype,
+        ema_dtype=config.ema_dtype,
     )
+    return with_precision(stage, config.precision, ldm.unet.dtype)
 
 
 def _previews(conditioning: Conditioning, batch_size: int) -> Request:

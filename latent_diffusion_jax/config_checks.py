@@ -12,7 +12,9 @@ from latent_diffusion_jax.diffusion.process import PREDICTION_TYPES
 from latent_diffusion_jax.diffusion.samplers import SAMPLERS
 from latent_diffusion_jax.diffusion.schedules import BETAS
 from latent_diffusion_jax.diffusion.solvers import VARIANCES
+from latent_diffusion_jax.models import remat
 from latent_diffusion_jax.models.discriminator import NORMS
+from latent_diffusion_jax.models.precision import PRECISIONS
 from latent_diffusion_jax.models.unet import ATTENTIONS
 from latent_diffusion_jax.runtime.commands import flatten
 from latent_diffusion_jax.runtime.errors import UserError
@@ -25,10 +27,12 @@ STAGES = ("first_stage", "diffusion")
 SECTIONS = {
     "first_stage": ("first_stage",),
     "diffusion": ("conditioning", "init_from", "unet", "schedule", "objective", "optimizer",
-                  "sample", "condition_dropout", "ema_decay", "batch_size", "num_steps"),
+                  "sample", "condition_dropout", "ema_decay", "batch_size", "accumulation",
+                  "precision", "param_dtype", "ema_dtype", "num_steps"),
 }  # fmt: skip
 AT_LEAST_ONE = (
     "batch_size",
+    "accumulation",
     "num_steps",
     "log_every",
     "eval_every",
@@ -99,7 +103,15 @@ NOT_NEGATIVE = (
 NAMES: dict[str, Any] = {
     "first_stage.kind": build.AUTOENCODERS,
     "first_stage.trained": TRAINED,
+    "first_stage.precision": PRECISIONS,
+    "first_stage.param_dtype": build.DTYPES,
+    "first_stage.ema_dtype": build.DTYPES,
+    "first_stage.optimizer.mu_dtype": build.DTYPES,
+    "first_stage.optimizer.nu_dtype": build.DTYPES,
+    "first_stage.discriminator_optimizer.mu_dtype": build.DTYPES,
+    "first_stage.discriminator_optimizer.nu_dtype": build.DTYPES,
     "first_stage.autoencoder.dtype": build.DTYPES,
+    "first_stage.autoencoder.remat": remat.POLICIES,
     "first_stage.discriminator.dtype": build.DTYPES,
     "first_stage.discriminator.norm": NORMS,
     "first_stage.loss.lpips_dtype": build.DTYPES,
@@ -108,11 +120,17 @@ NAMES: dict[str, Any] = {
     "first_stage.loss.generator_loss": autoencoder_losses.GENERATOR_LOSSES,
     "first_stage.loss.discriminator_loss": autoencoder_losses.DISCRIMINATOR_LOSSES,
     "first_stage.loss.update_order": autoencoder_losses.UPDATE_ORDERS,
+    "precision": PRECISIONS,
+    "param_dtype": build.DTYPES,
+    "ema_dtype": build.DTYPES,
+    "optimizer.mu_dtype": build.DTYPES,
+    "optimizer.nu_dtype": build.DTYPES,
     "text_encoder.dtype": build.DTYPES,
     "conditioning": build.CONDITIONINGS,
     "clip.dtype": build.DTYPES,
     "unet.attention": ATTENTIONS,
     "unet.dtype": build.DTYPES,
+    "unet.remat": remat.POLICIES,
     "schedule.name": BETAS,
     "objective.prediction_type": PREDICTION_TYPES,
     "objective.loss": LOSSES,
@@ -301,6 +319,10 @@ def _check_conditioning(config: ConfigDict) -> None:
 
 def _check_second_stage(config: ConfigDict) -> None:
     unet = config.unet
+    if config.batch_size % config.accumulation:
+        raise UserError(
+            f"accumulation={config.accumulation} must divide batch_size={config.batch_size}"
+        )
     low, high = config.schedule.beta_start, config.schedule.beta_end
     if not 0.0 < low <= high < 1.0:
         raise UserError(f"schedule: 0 < beta_start={low} <= beta_end={high} < 1 does not hold")

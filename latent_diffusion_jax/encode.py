@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags, logging
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
@@ -32,7 +31,7 @@ from latent_diffusion_jax.config_checks import check_config
 from latent_diffusion_jax.data import latents
 from latent_diffusion_jax.data.encoding import Split, encode_shards, views
 from latent_diffusion_jax.first_stages import FirstStage
-from latent_diffusion_jax.runtime import checkpoints, loggers, sharding
+from latent_diffusion_jax.runtime import checkpoints, distributed, loggers, sharding
 from latent_diffusion_jax.runtime.commands import StopRequest, differences, run
 from latent_diffusion_jax.runtime.compilation import compiler_options
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
@@ -44,8 +43,8 @@ BATCH_PER_DEVICE = 8
 SHARD_SIZE = 4_096  # images; of 32x32x8 moments in float16 that is 64 MiB
 DATA_KEYS = ("name", "train_split", "test_split", "image_key", "caption_key", "caption_template",
              "holdout_share", "resize")  # fmt: skip
-FREE_KEYS = ("done", "scale_factor", "autoencoder.source", "splits.train.records",
-             "splits.test.records")  # fmt: skip  # what may differ between calls
+FREE_KEYS = ("done", "scale_factor", "autoencoder.source", "autoencoder.fields.remat",
+             "splits.train.records", "splits.test.records")  # fmt: skip  # may differ between calls
 
 
 def encode_dataset(
@@ -105,6 +104,7 @@ def encode_dataset(
         return True
     params = jax.device_put(jax.device_get(first_stage.params), sharding.replicated(mesh))
     program = make_program(network, params, mesh, dtype)
+    stopped = False
     for split in splits:
         read = functools.partial(
             views,
@@ -118,19 +118,20 @@ def encode_dataset(
             for i in range(process, split.num_shards, processes)
             if not latents.shard_path(out, split.name, i, split.num_shards).exists()
         ]
-        if not encode_shards(
+        stopped = not encode_shards(
             *(split, shards, out, read, program),
             batch_size=batch_size,
             num_threads=config.data.num_threads,
             should_stop=should_stop,
-        ):
-            return False
-    if processes > 1:
-        multihost_utils.sync_global_devices("encoded")
+        )
+        if stopped:
+            break
+    # All come here, also those that were done before the others were asked to stop.
+    if distributed.highest(stopped):
+        return False
     if process == 0:
         finish(out, index, splits, config.data.max_damaged_share)
-    if processes > 1:
-        multihost_utils.sync_global_devices("finished")
+    distributed.wait_for_all("finished")
     return True
 
 
@@ -181,8 +182,7 @@ def begin(out: pathlib.Path, index: dict[str, Any]) -> bool:
                 f"{out} holds latents of other settings; they differ in {different}. "
                 "Take another --out, or delete that folder"
             )
-    if jax.process_count() > 1:  # all have looked before the first one writes
-        multihost_utils.sync_global_devices("compared")
+    distributed.wait_for_all("compared")  # all have looked before the first one writes
     try:
         out.mkdir(parents=True, exist_ok=True)
         if found is None and jax.process_index() == 0:
@@ -205,7 +205,8 @@ def make_program(network: Any, params: Any, mesh: Mesh, dtype: str) -> Callable[
         return posterior.moments.astype(dtype)
 
     def start(batch: np.ndarray) -> jax.Array:
-        return program(params, jax.device_put(batch, sharding.batch_sharding(mesh)))
+        rows = jax.device_put(batch, sharding.batch_sharding(mesh))
+        return sharding.over(mesh, program)(params, rows)
 
     return start
 
@@ -293,9 +294,11 @@ def main() -> None:
             shard_size=FLAGS.shard_size,
             should_stop=stop,
         )
+    status = distributed.highest(stop.exit_status)
     if not finished:
-        sys.exit(stop.exit_status)
-    print(f"-> {FLAGS.out}; train from them with --config.data.latents={FLAGS.out}")
+        sys.exit(status)
+    if jax.process_index() == 0:
+        print(f"-> {FLAGS.out}; train from them with --config.data.latents={FLAGS.out}")
 
 
 if __name__ == "__main__":

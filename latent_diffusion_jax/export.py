@@ -21,6 +21,7 @@ from absl import flags
 from latent_diffusion_jax import build, draw_requests, loading
 from latent_diffusion_jax.diffusion.samplers import SAMPLERS
 from latent_diffusion_jax.loaded_model import Model, with_settings
+from latent_diffusion_jax.models.attention_kernels import no_kernels
 from latent_diffusion_jax.runtime import loggers
 from latent_diffusion_jax.runtime.commands import run
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
@@ -131,7 +132,8 @@ def export(
         program = program_of(model, height, width)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (weights, inputs))
     seeds = jax.ShapeDtypeStruct((batch_size,), np.uint32)
-    exported = jax.export.export(jax.jit(program), platforms=PLATFORMS)(*shapes, seeds)
+    with no_kernels():
+        exported = jax.export.export(jax.jit(program), platforms=PLATFORMS)(*shapes, seeds)
     files.write(out / WEIGHTS, weights)
     (out / PROGRAM).write_bytes(exported.serialize())
 
@@ -195,4 +197,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    run(main)
+    run(main, alone=True)

@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from latent_diffusion_jax import build
+from latent_diffusion_jax import build, older_configs
 from latent_diffusion_jax.data.pipeline import Examples
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
-from latent_diffusion_jax.runtime import checkpoints, sharding, trees
+from latent_diffusion_jax.runtime import checkpoints, distributed, sharding, trees
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.images import to_float
 from latent_diffusion_jax.training.loop import in_order
@@ -84,14 +83,14 @@ def open_first_stage(path: str | pathlib.Path, mesh: jax.sharding.Mesh | None = 
     """
     path = pathlib.Path(path).expanduser()
     if mesh is None:
-        mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
+        mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.local_devices()[:1])
     if not path.exists():
         raise UserError(f"first stage {path} does not exist")
     if is_workdir(path):
         return _open_workdir(path.absolute(), mesh)
     loaded = autoencoders.load(path)
     network = build.AUTOENCODERS[loaded.kind](**loaded.fields)
-    params = jax.device_put(loaded.params, sharding.state_sharding(loaded.params, mesh))
+    params = distributed.put(loaded.params, sharding.state_sharding(loaded.params, mesh))
     scale = loaded.scaling_factor
     return FirstStage(loaded.kind, loaded.fields, network, params, scale, None)
 
@@ -100,7 +99,7 @@ def _open_workdir(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> FirstStage:
     directory = workdir / "first_stage"
     step = checkpoints.latest_step(directory)
     assert step is not None
-    config = ConfigDict(checkpoints.read_json(directory, step, "config"))
+    config = ConfigDict(older_configs.upgraded(checkpoints.read_json(directory, step, "config")))
     network = build.autoencoder(config)
     part = "ema" if config.first_stage.ema_decay else "params"
     shapes = {part: {"autoencoder": param_shapes(network)}}
@@ -130,7 +129,7 @@ def load_frozen(
     scale = np.float32(found.scale_factor)
     return {
         "autoencoder": found.params,
-        "scale_factor": jax.device_put(scale, sharding.replicated(mesh)),
+        "scale_factor": distributed.put(scale, sharding.replicated(mesh)),
     }
 
 
@@ -159,7 +158,7 @@ def measure_scale(
 
     totals, count = np.zeros(2), 0
     for batch, valid in in_order(source, prepare, mesh, section.batch_size, section.scale_examples):
-        found = moments(params, batch)
+        found = sharding.over(mesh, moments)(params, batch)
         totals += [np.asarray(x, np.float64)[:valid].sum() for x in found]
         count += valid
     mean, mean_square = totals / count
@@ -174,13 +173,15 @@ def adopt(config: ConfigDict, workdir: pathlib.Path, params: Any, scale_factor: 
     Args:
       config: of the workdir's run.
       workdir: the folder.
-      params: of the autoencoder.
+      params: of the autoencoder, on a mesh.
       scale_factor: of its latents.
     """
     as_json = json.loads(config.to_json())
     as_json["first_stage"]["ema_decay"] = 0.0  # these are the weights to work with
     items = {"config": as_json, "info": {"scale_factor": scale_factor}}
-    state = State(jnp.zeros((), jnp.int32), {"autoencoder": params}, None, None)
+    everywhere = sharding.replicated(jax.tree.leaves(params)[0].sharding.mesh)
+    step = distributed.put(np.int32(0), everywhere)
+    state = State(step, {"autoencoder": params}, None, None)
     with checkpoints.open_manager(workdir / "first_stage", create=True) as manager:
         checkpoints.save(manager, config.first_stage.num_steps, state, items)
         manager.wait_until_finished()
@@ -194,9 +195,8 @@ def encoder_fingerprint(params: Any) -> str:
     digest = hashlib.sha256()
     for part in ENCODER:
         for name, leaf in sorted(trees.flatten_names(params[part]).items()):
-            if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-                leaf = multihost_utils.process_allgather(leaf, tiled=True)
-            array = np.ascontiguousarray(leaf, np.dtype(np.float32).newbyteorder("<"))
+            array = distributed.fetch(leaf)
+            array = np.ascontiguousarray(array, np.dtype(np.float32).newbyteorder("<"))
             digest.update(f"{part}/{name} {array.shape}".encode())
             digest.update(array.tobytes())
     return digest.hexdigest()

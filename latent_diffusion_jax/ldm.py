@@ -18,6 +18,7 @@ from latent_diffusion_jax.diffusion.schedules import NoiseSchedule
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.models.class_embedding import ClassEmbedding
 from latent_diffusion_jax.models.unet import UNet
+from latent_diffusion_jax.runtime.sharding import gathered
 
 Params = Any
 Inputs = Mapping[str, jax.Array]  # of a condition, by name, each with a leading axis B
@@ -97,9 +98,7 @@ class LatentDiffusion:
         """Images [B, H, W, C] in [-1, 1] -> scaled latents of unit variance [B, h, w, c]."""
         if self.autoencoder is None:
             return images
-        posterior = self.autoencoder.apply(
-            {"params": params["autoencoder"]}, images, method="encode"
-        )
+        posterior = _apply(self.autoencoder, params["autoencoder"], images, method="encode")
         return posterior.sample(noise) * params["scale_factor"]
 
     def sample_latents(self, params: Params, moments: jax.Array, noise: jax.Array) -> jax.Array:
@@ -113,7 +112,7 @@ class LatentDiffusion:
         if self.autoencoder is None:
             return z_0
         z = z_0 / params["scale_factor"]
-        return self.autoencoder.apply({"params": params["autoencoder"]}, z, method="decode")
+        return _apply(self.autoencoder, params["autoencoder"], z, method="decode")
 
     def condition(self, params: Params, inputs: Inputs) -> Cond:
         """A condition's inputs -> condition.
@@ -131,7 +130,7 @@ class LatentDiffusion:
         assert conditioner is not None
 
         def encode(ids: jax.Array) -> jax.Array:
-            return conditioner.apply({"params": params["conditioner"]}, ids)
+            return _apply(conditioner, params["conditioner"], ids)
 
         if "weights" in inputs:
             return Cond(context=encode_chunks(encode, inputs["tokens"], inputs["weights"]))
@@ -143,18 +142,15 @@ class LatentDiffusion:
         z_t: jax.Array,
         t: jax.Array,
         cond: Cond,
-        dropout_key: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
         """Noisy latents [B, h, w, c], timesteps [B] and a condition -> what the UNet predicts.
 
-        With a `dropout_key`, as in training, the UNet's dropout is active.
+        With `dropout_keys` [B], as in training, the UNet's dropout is active.
         """
         if cond.concat is not None:
             z_t = jnp.concatenate([z_t, cond.concat.astype(z_t.dtype)], axis=-1)
-        rngs = {} if dropout_key is None else {"dropout": dropout_key}
-        return self.unet.apply(
-            {"params": params["unet"]}, z_t, t, cond.context, cond.vector, rngs=rngs
-        )
+        return _apply(self.unet, params["unet"], z_t, t, cond.context, cond.vector, dropout_keys)
 
     def init_trained(self, key: jax.Array, inputs: Inputs) -> Params:
         """Fresh parameters of what the second stage trains: the UNet and its conditioner.
@@ -181,3 +177,8 @@ class LatentDiffusion:
         latents, t = jnp.zeros((1, *self.latent_shape)), jnp.zeros(1, jnp.int32)
         unet = self.unet.init(key_unet, latents, t, cond.context, cond.vector)
         return trained | {"unet": unet["params"]}
+
+
+def _apply(network: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
+    """`network.apply` of parameters that may be spread over devices."""
+    return network.apply({"params": gathered(params, network.dtype)}, *args, **kwargs)

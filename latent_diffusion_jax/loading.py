@@ -10,7 +10,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from latent_diffusion_jax import build, conditions, first_stages, published
+from latent_diffusion_jax import build, conditions, first_stages, older_configs, published
 from latent_diffusion_jax.diffusion.process import PREDICTION_TYPES
 from latent_diffusion_jax.loaded_model import Model
 from latent_diffusion_jax.runtime import checkpoints, sharding
@@ -86,14 +86,14 @@ def _load_workdir(workdir: pathlib.Path) -> Model:
     directory = workdir / "diffusion"
     step = checkpoints.latest_step(directory)
     assert step is not None
-    config = ConfigDict(checkpoints.read_json(directory, step, "config"))
+    config = ConfigDict(older_configs.upgraded(checkpoints.read_json(directory, step, "config")))
     try:
         parts = conditions.restore(config, workdir)
         ldm, conditioning = parts.network(config), parts.host_half(config)
         settings = build.sample_settings(config)
     except (AttributeError, KeyError) as error:  # ml_collections names the key
         raise UserError(f"{workdir} is of another version: its config lacks {error}") from error
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices()[:1])
     null = {name: jnp.asarray(value)[None] for name, value in conditioning.null.items()}
     shapes = {"ema": jax.eval_shape(lambda key: ldm.init_trained(key, null), jax.random.key(0))}
     params = checkpoints.restore_part(

@@ -23,8 +23,8 @@ from latent_diffusion_jax.conditioning.tokenizers import PromptTokenizer
 from latent_diffusion_jax.diffusion.plan import Plan
 from latent_diffusion_jax.ldm import LatentDiffusion
 from latent_diffusion_jax.loaded_model import Model, with_settings
+from latent_diffusion_jax.runtime import distributed, sharding
 from latent_diffusion_jax.runtime import images as pictures
-from latent_diffusion_jax.runtime import sharding
 from latent_diffusion_jax.runtime.compilation import compiler_options, use_persistent_cache
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.images import Picture
@@ -41,7 +41,7 @@ class Pipeline:
     def __init__(self, model: Model):
         devices = jax.devices()
         self._mesh = sharding.make_mesh({"data": len(devices), "fsdp": 1, "tensor": 1}, devices)
-        placed = jax.device_put(model.params, sharding.replicated(self._mesh))
+        placed = distributed.put(model.params, sharding.replicated(self._mesh))
         self.model = dataclasses.replace(model, params=placed)
         self._programs: dict[tuple[int, int, int], Any] = {}
         self._compiled: set[Any] = set()
@@ -252,33 +252,37 @@ class Pipeline:
         for start in range(0, count, most):
             # The last batch is filled up, so that all run the one program.
             chosen = np.minimum(np.arange(start, start + most), count - 1)
-            batch = jax.device_put(_rows(rows, chosen), split)
+            batch = distributed.put(_rows(rows, chosen), split)
             for name, value in shared.items():
                 if name in ("image", "mask"):
-                    value = jax.device_put(np.repeat(value[None], most, axis=0), split)
+                    value = distributed.put(np.repeat(value[None], most, axis=0), split)
                 batch[name] = value
             request = Request(**batch)
-            found, steps = self._run(program, request, jax.device_put(plan, same), size)
-            drawn.append(pictures.to_uint8(np.asarray(found))[: count - start])
-            shown.append(pictures.to_uint8(np.asarray(steps))[:, : count - start])
+            found, steps = self._run(program, request, distributed.put(plan, same), size)
+            drawn.append(pictures.to_uint8(distributed.fetch(found))[: count - start])
+            shown.append(pictures.to_uint8(distributed.fetch(steps))[:, : count - start])
         return np.concatenate(drawn), np.concatenate(shown, axis=1)
 
     def _run(self, program: Any, request: Request, plan: Plan, size: tuple[int, int]) -> Any:
         shapes = jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), request)
         kind = (id(program), str(shapes))
         if kind in self._compiled:
-            return program(self.params, request, plan)
-        print(
+            return sharding.over(self._mesh, program)(self.params, request, plan)
+        _tell(
             f"compiling the sampler for {len(request.seeds)} image(s) of {size[0]}x{size[1]}; this "
-            "is done once for each kind of call ...",
-            file=sys.stderr,
+            "is done once for each kind of call ..."
         )
         start = time.perf_counter()
-        compiled = jax.block_until_ready(program(self.params, request, plan))
-        seconds = time.perf_counter() - start
-        print(f"compiled and drew in {seconds:.1f} s", file=sys.stderr)
+        drawn = sharding.over(self._mesh, program)(self.params, request, plan)
+        compiled = jax.block_until_ready(drawn)
+        _tell(f"compiled and drew in {time.perf_counter() - start:.1f} s")
         self._compiled.add(kind)
         return compiled
+
+
+def _tell(text: str) -> None:
+    if distributed.process_index() == 0:
+        print(text, file=sys.stderr)
 
 
 def _rows(arrays: Any, members: np.ndarray) -> Any:

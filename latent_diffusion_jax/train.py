@@ -19,16 +19,22 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from latent_diffusion_jax import build, conditions, first_stages, starting_points
+from latent_diffusion_jax import (
+    build,
+    conditions,
+    first_stages,
+    older_configs,
+    starting_points,
+)
 from latent_diffusion_jax.config_checks import check_config
 from latent_diffusion_jax.data.latents import LatentSource
 from latent_diffusion_jax.data.pipeline import Examples
 from latent_diffusion_jax.first_stages import FirstStage
-from latent_diffusion_jax.runtime import checkpoints, loggers, sharding, trees
+from latent_diffusion_jax.runtime import checkpoints, distributed, loggers, sharding, trees
 from latent_diffusion_jax.runtime.commands import StopRequest, differences, run
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
 from latent_diffusion_jax.runtime.memory import keep_freed_memory
-from latent_diffusion_jax.training import autoencoder_stage, loop
+from latent_diffusion_jax.training import autoencoder_stage, diffusion_stage, loop
 from latent_diffusion_jax.training.state import Stage, State
 
 FLAGS = flags.FLAGS
@@ -43,13 +49,14 @@ FREE_KEYS = (
     "eval_examples",
     "checkpoint_every",
     "keep_checkpoints",
+    "profile.",
     "sample.",
     "num_steps",
     "data.num_threads",
     "data.data_dir",
     "data.check_images",
     "data.latents",
-    "clip.path",  # its copy in the workdir is used
+    "clip.",  # its copy in the workdir is used
     "init_from",  # it has started
 )
 
@@ -65,11 +72,17 @@ def train(
       UserError: the config, the data, the devices or the workdir do not fit, found before the
         first step; or training itself fails for a reason that can be put right.
     """
+    if "://" in str(workdir):
+        raise UserError(
+            f"--workdir={workdir} is an address; give a folder. A bucket becomes one when it is "
+            "mounted, see launch/README.md"
+        )
     workdir = pathlib.Path(workdir).expanduser().absolute()
     with as_user_error("the config does not fit the networks"):
         check_config(config)
     mesh = sharding.make_mesh(dict(config.mesh))
     check_batch_sizes(config, mesh)
+    distributed.meet(mesh)
     as_json = json.loads(config.to_json())
     check_workdir(as_json, workdir)
     sections = {"first_stage": config.get("first_stage"), "diffusion": config}
@@ -124,6 +137,7 @@ def train(
         eval_examples=config.eval_examples,
         checkpoint_every=config.checkpoint_every,
         keep_checkpoints=config.keep_checkpoints,
+        profile=(config.profile.after, config.profile.steps),
     )
     log_summary(shared, config, shapes)
     if start is not None and "first_stage" not in unfinished:
@@ -154,7 +168,8 @@ def check_batch_sizes(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
             key += " / first_stage.accumulation"
         sharding.check_batch_size(first.batch_size // first.accumulation, mesh, key)
     if "diffusion" in config.stages:
-        sharding.check_batch_size(config.batch_size, mesh, "batch_size")
+        key = "batch_size / accumulation" if config.accumulation > 1 else "batch_size"
+        sharding.check_batch_size(config.batch_size // config.accumulation, mesh, key)
 
 
 def check_workdir(config: dict[str, Any], workdir: pathlib.Path) -> None:
@@ -163,8 +178,9 @@ def check_workdir(config: dict[str, Any], workdir: pathlib.Path) -> None:
     if not path.exists():
         return
     try:
-        different = differences(json.loads(path.read_text()), config, FREE_KEYS)
-    except (json.JSONDecodeError, AttributeError) as error:
+        theirs = older_configs.upgraded(json.loads(path.read_text()))
+        different = differences(theirs, config, FREE_KEYS)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if different:
         raise UserError(
@@ -262,7 +278,7 @@ def train_first_stage(
         build.example_maker(config),
         batch_size=section.batch_size,
         num_steps=section.num_steps,
-        frozen=jax.device_put(perceptual, sharding.replicated(shared.mesh)),
+        frozen=distributed.put(perceptual, sharding.replicated(shared.mesh)),
         at_start=at_start,
         at_end=at_end,
     )
@@ -298,15 +314,14 @@ def train_diffusion(
         if jax.process_index() == 0:
             conditions.adopt_clip(shared.workdir, parts)
         shardings = sharding.state_sharding(parts.clip.params, shared.mesh)
-        frozen["conditioner"] = jax.device_put(parts.clip.params, shardings)
+        frozen["conditioner"] = distributed.put(parts.clip.params, shardings)
 
     def at_start(state: State) -> State:
         if given is None:
             return state
-        params = jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), given, state.params)
+        started = diffusion_stage.start_from(state, given)
         given.clear()  # takes memory
-        average = jax.tree.map(jax.numpy.copy, params)
-        return State(state.step, params, average, state.opt, state.frozen)
+        return started
 
     return loop.train_stage(
         shared,
@@ -332,7 +347,7 @@ def main() -> None:
     loggers.set_up_logging()
     with StopRequest() as stop:
         train(FLAGS.config, FLAGS.workdir, stop)
-    sys.exit(stop.exit_status)
+    sys.exit(distributed.highest(stop.exit_status))  # a signal may have reached one process
 
 
 if __name__ == "__main__":

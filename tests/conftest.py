@@ -13,7 +13,9 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # for `configs`
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # for `configs` and `tests`
+
+from tests.tpu import tpu_topology  # noqa: E402, F401  # a fixture
 
 
 @pytest.fixture(scope="session", autouse=True)

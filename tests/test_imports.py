@@ -19,14 +19,24 @@ LAYERS = (
     ("ldm", "evaluation"),
     ("sampling",),
     ("training",),
-    ("build",),
-    ("first_stages", "conditions", "config_checks"),
+    ("build", "older_configs"),
+    ("first_stages", "conditions", "config_checks", "planning"),
     ("loaded_model",),
     ("published",),
     ("loading",),
     ("draw_requests",),
     ("pipelines", "saving", "autoencoding", "starting_points"),
-    ("train", "sample", "evaluate", "convert", "encode", "reconstruct", "export", "exported_draw"),
+    (
+        "train",
+        "plan",
+        "sample",
+        "evaluate",
+        "convert",
+        "encode",
+        "reconstruct",
+        "export",
+        "exported_draw",
+    ),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

@@ -4,7 +4,7 @@ A loader's position is the number of batches it has given, the same for any numb
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any, Protocol
 
@@ -153,8 +153,7 @@ def train_loader(
     *,
     batch_size: int,
     seed: int,
-    process_index: int,
-    process_count: int,
+    rows: Sequence[int],
     num_threads: int,
 ) -> Any:
     """An endless iterator of this process' share of each global batch.
@@ -164,30 +163,38 @@ def train_loader(
     Args:
       source: where records come from.
       prepare: (record, generator) -> example of arrays.
-      batch_size: of the global batch; the number of processes divides it.
+      batch_size: of the global batch.
       seed: of order and augmentation.
-      process_index: this process.
-      process_count: all of them.
+      rows: of each global batch, that this process reads.
       num_threads: for reading and decoding; as many batches are made in advance.
 
     Returns:
       A Grain iterator with `get_state` and `set_state`.
     """
-    local = batch_size // process_count
     dataset = (
         grain.MapDataset.source(source)
         .seed(seed)
         .shuffle()
         .repeat()
-        .random_map(_PrepareAt(prepare))  # before the slice: keyed by the global index
+        .random_map(_PrepareAt(prepare))  # before rows are chosen: keyed by the global index
     )
-    if process_count > 1:
-        # Process p owns rows [p * local, (p + 1) * local) of every global batch.
-        dataset = dataset.batch(local)[process_index::process_count]
-    else:
-        dataset = dataset.batch(local)
+    chosen = grain.MapDataset.source(_Rows(dataset, batch_size, rows)).batch(len(rows))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads)
-    return iter(dataset.to_iter_dataset(options))
+    return iter(chosen.to_iter_dataset(options))
+
+
+class _Rows:
+    """Some rows of every batch, one after the other."""
+
+    def __init__(self, dataset: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+        self._dataset, self._batch_size, self._rows = dataset, batch_size, list(rows)
+
+    def __len__(self) -> int:
+        return len(self._dataset) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        batch, row = divmod(index, len(self._rows))
+        return self._dataset[batch * self._batch_size + self._rows[row]]
 
 
 def eval_batches(
@@ -196,17 +203,15 @@ def eval_batches(
     *,
     batch_size: int,
     num_examples: int,
-    process_index: int,
-    process_count: int,
+    rows: Sequence[int],
 ) -> Iterator[tuple[Example, int]]:
-    """The first examples in order, not augmented: (this process' rows, valid rows in all).
+    """The first examples in order, not augmented: (these rows of a batch, valid rows in all).
 
     The last global batch is filled up with repeated examples, so that all have one shape.
     """
     num_examples = min(num_examples, len(source))
-    local = batch_size // process_count
     for start in range(0, num_examples, batch_size):
         valid = min(batch_size, num_examples - start)
-        rows = range(start + process_index * local, start + (process_index + 1) * local)
-        examples = [prepare(source[min(row, num_examples - 1)], None) for row in rows]
+        indices = [min(start + row, num_examples - 1) for row in rows]
+        examples = [prepare(source[index], None) for index in indices]
         yield {key: np.stack([e[key] for e in examples]) for key in examples[0]}, valid

@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 
 from latent_diffusion_jax.data import digits, photos
 from latent_diffusion_jax.data.folders import FolderSource
+from latent_diffusion_jax.runtime import distributed
 from latent_diffusion_jax.runtime.errors import UserError
 
 BUNDLED: dict[str, type[tfds.core.GeneratorBasedBuilder]] = {  # prepared on first use
@@ -84,15 +85,18 @@ def open_source(
 def _open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     """A builder whose data is prepared in a format with random access."""
     if name in BUNDLED:
-        builder = BUNDLED[name](data_dir=data_dir, file_format="array_record")
         tfds.disable_progress_bar()
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of a download
-                builder.download_and_prepare()
-        except OSError:  # perhaps another process was faster
+        with (
+            distributed.first_one_first(f"prepare {name}"),
+            contextlib.redirect_stdout(io.StringIO()),  # TFDS speaks of a download
+        ):
             builder = BUNDLED[name](data_dir=data_dir, file_format="array_record")
-            if not builder.is_prepared():
-                raise
+            try:
+                builder.download_and_prepare()
+            except OSError:  # perhaps another run was faster
+                builder = BUNDLED[name](data_dir=data_dir, file_format="array_record")
+                if not builder.is_prepared():
+                    raise
         return builder
     root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     path, _, version = name.partition(":")

@@ -22,7 +22,7 @@ from latent_diffusion_jax.evaluation.ssim import WINDOW, ssim
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.models.inception import InceptionV3
 from latent_diffusion_jax.models.lpips import LPIPS
-from latent_diffusion_jax.runtime import sharding
+from latent_diffusion_jax.runtime import distributed, sharding
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.images import to_float
 
@@ -125,7 +125,7 @@ def measure_reconstructions(
     waiting: dict[str, jax.Array] | None = None
     # The host counts one batch while the devices work on the next.
     for number, batch in enumerate(rows):
-        started = program(sharding.put_batch(batch, mesh))
+        started = program(sharding.put_batch(batch, mesh, batch_size))
         if waiting is not None:
             tally.add(waiting, batch_size)
         waiting = started
@@ -162,7 +162,7 @@ def _program(
 ) -> Program:
     """Original images uint8 [B, H, W, C], split over the mesh -> what `_Tally.add` takes."""
     split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    lpips_params, inception_params = jax.device_put((lpips_params, inception_params), whole)
+    lpips_params, inception_params = distributed.put((lpips_params, inception_params), whole)
 
     # Every process gets every image, so that all of them come to the same figures.
     @jax.jit
@@ -192,15 +192,13 @@ def _program(
     gather = jax.jit(lambda images: images, out_shardings=whole)
 
     def run(images: jax.Array) -> dict[str, jax.Array]:
-        reconstructions, found = reconstruct(params, images)
+        reconstructions, found = sharding.over(mesh, reconstruct)(params, images)
         found |= {"images": gather(images), "reconstructions": gather(reconstructions)}
-        # Figures are compared across machines: accelerators would multiply in fewer bits.
-        with jax.default_matmul_precision("highest"):
-            if lpips_params is not None:
-                found["lpips"] = distance(lpips_params, images, reconstructions)
-            if inception_params is not None:
-                found["features"] = features(inception_params, images)
-                found["reconstructions_features"] = features(inception_params, reconstructions)
+        if lpips_params is not None:
+            found["lpips"] = distance(lpips_params, images, reconstructions)
+        if inception_params is not None:
+            found["features"] = features(inception_params, images)
+            found["reconstructions_features"] = features(inception_params, reconstructions)
         return found
 
     return run
@@ -237,7 +235,7 @@ class _Tally:
         Raises:
           UserError: a reconstruction holds NaN or infinity.
         """
-        rows = {name: np.asarray(value)[:valid] for name, value in outputs.items()}
+        rows = {name: distributed.fetch(value)[:valid] for name, value in outputs.items()}
         if not rows["finite"].all():
             raise UserError(
                 f"{np.sum(~rows['finite'])} of {valid} reconstructions are not finite numbers; the "

@@ -65,14 +65,18 @@ def make_source():
     return make
 
 
+def rows_of(batch_size, process_index, process_count):
+    """An equal share of a batch's rows, one after the other."""
+    return np.array_split(np.arange(batch_size), process_count)[process_index]
+
+
 def loader(source, batch_size=4, seed=0, process_index=0, process_count=1):
     return pipeline.train_loader(
         source,
         prepare,
         batch_size=batch_size,
         seed=seed,
-        process_index=process_index,
-        process_count=process_count,
+        rows=rows_of(batch_size, process_index, process_count),
         num_threads=2,
     )
 
@@ -194,8 +198,7 @@ def eval_batches(source, num_examples, process_index=0, process_count=1):
             prepare,
             batch_size=4,
             num_examples=num_examples,
-            process_index=process_index,
-            process_count=process_count,
+            rows=rows_of(4, process_index, process_count),
         )
     )
 

@@ -1,0 +1,58 @@
+"""Configs of earlier versions: what they lack is what was done without it."""
+
+import copy
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import autoencoder_kl, txt2img
+from latent_diffusion_jax import build, config_checks, older_configs
+from latent_diffusion_jax.runtime.commands import flatten
+
+NEW = ("accumulation", "precision", "param_dtype", "ema_dtype", "mu_dtype", "nu_dtype")
+
+
+def of_before(config, remat):
+    """A config's JSON as it was written before these keys were there."""
+    values = json.loads(config.to_json())
+
+    def strip(section, new):
+        return {
+            key: strip(value, new) if isinstance(value, dict) else value
+            for key, value in section.items()
+            if key not in new
+        }
+
+    old = strip(values, NEW)
+    for section, network in ((old, "unet"), (old.get("first_stage", {}), "autoencoder")):
+        if network in section:
+            section[network]["remat"] = remat
+    if "first_stage" in old:
+        old["first_stage"]["accumulation"] = 1  # it had that
+    return old
+
+
+@pytest.mark.parametrize("module", [txt2img, autoencoder_kl], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(("remat", "policy"), [(False, "none"), (True, "blocks")])
+def test_they_are_read_as_todays(module, remat, policy):
+    config = module.get_config("smoke")
+    old = of_before(config, remat)
+    kept = copy.deepcopy(old)
+    found = ConfigDict(older_configs.upgraded(old))
+    assert old == kept
+    config.first_stage.autoencoder.remat = policy
+    if "unet" in config:
+        config.unet.remat = policy
+    assert flatten(found) == flatten(ConfigDict(json.loads(config.to_json())))
+    config_checks.check_config(found)
+    assert build.autoencoder(found).remat == policy
+
+
+def test_what_they_say_stays():
+    config = txt2img.get_config("smoke")
+    config.accumulation, config.first_stage.precision = 4, "highest"
+    config.unet.remat, config.first_stage.autoencoder.remat = "full", "offload"
+    config.optimizer.nu_dtype = "bfloat16"
+    values = json.loads(config.to_json())
+    assert older_configs.upgraded(values) == values
