@@ -9,14 +9,18 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build, older_configs
 from latent_diffusion_jax.data.pipeline import Examples
-from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
+from latent_diffusion_jax.models.autoencoder import (
+    ENCODER,
+    AutoencoderKL,
+    AutoencoderVQ,
+    param_shapes,
+)
 from latent_diffusion_jax.runtime import checkpoints, distributed, sharding, trees
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.images import to_float
@@ -43,13 +47,6 @@ class FirstStage(NamedTuple):
     params: Any
     scale_factor: float | None
     config: ConfigDict | None
-
-
-def param_shapes(network: AutoencoderKL | AutoencoderVQ) -> Any:
-    """Parameters of an autoencoder as shapes."""
-    size = network.downsampling_factor
-    images = jax.ShapeDtypeStruct((1, size, size, network.image_channels), jnp.float32)
-    return jax.eval_shape(network.init, jax.random.key(0), images)["params"]
 
 
 def is_workdir(path: pathlib.Path) -> bool:
@@ -185,9 +182,6 @@ def adopt(config: ConfigDict, workdir: pathlib.Path, params: Any, scale_factor: 
     with checkpoints.open_manager(workdir / "first_stage", create=True) as manager:
         checkpoints.save(manager, config.first_stage.num_steps, state, items)
         manager.wait_until_finished()
-
-
-ENCODER = ("encoder", "quant_conv")  # the parts of an autoencoder that make a posterior
 
 
 def encoder_fingerprint(params: Any) -> str:

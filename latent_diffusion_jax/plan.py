@@ -80,9 +80,10 @@ def plan(
     largest = None
     if searched and found.memory.fits:
         largest = search.largest_batch(config, found, attempt)
-        print(f"  the largest batch that fits: {largest} images a chip", flush=True)
+        more = " or more" if largest == search.MOST else ""
+        print(f"  the largest batch that fits: {largest} images a chip{more}", flush=True)
     elif searched:
-        change = search.changes_that_fit(config, name, images, slices.num_chips, attempt)
+        change = search.changes_that_fit(config, name, images, slices, attempt)
         if change is None:
             print("  no batch, no rematerialisation and no sharding makes it fit", flush=True)
         else:

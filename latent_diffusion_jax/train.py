@@ -30,6 +30,7 @@ from latent_diffusion_jax.config_checks import check_config
 from latent_diffusion_jax.data.latents import LatentSource
 from latent_diffusion_jax.data.pipeline import Examples
 from latent_diffusion_jax.first_stages import FirstStage
+from latent_diffusion_jax.models.autoencoder import ENCODER
 from latent_diffusion_jax.runtime import checkpoints, distributed, loggers, sharding, trees
 from latent_diffusion_jax.runtime.commands import StopRequest, differences, run
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
@@ -309,7 +310,7 @@ def train_diffusion(
         index = shared.train_source.index
         first_stages.check_encoded_by(frozen["autoencoder"], index, config.data.latents)
         decoder = frozen["autoencoder"].items()
-        frozen["autoencoder"] = {k: v for k, v in decoder if k not in first_stages.ENCODER}
+        frozen["autoencoder"] = {k: v for k, v in decoder if k not in ENCODER}
     if parts.clip is not None:
         if jax.process_index() == 0:
             conditions.adopt_clip(shared.workdir, parts)

@@ -27,14 +27,17 @@ apt_install() {
 }
 
 mount_shared() {
-  local options bucket=${source#gs://}
+  local options package bucket=${source#gs://}
   if [ "$source" = "$bucket" ]; then
     command -v mount.nfs >/dev/null || apt_install nfs-common
     options="$source $shared nfs rw,_netdev,hard"
   else
     if ! command -v gcsfuse >/dev/null; then
-      curl -fsSL --retry 5 -o /tmp/gcsfuse.deb "$releases/v3.8.0/gcsfuse_3.8.0_amd64.deb"
-      apt_install /tmp/gcsfuse.deb
+      package=$(mktemp --suffix=.deb)
+      chmod a+r "$package" # apt reads it as a user of its own
+      curl -fsSL --retry 5 -o "$package" "$releases/v3.8.0/gcsfuse_3.8.0_amd64.deb"
+      apt_install "$package"
+      rm -f "$package"
     fi
     # Workers must see each other's files at once, so nothing about files is remembered (the default
     # on large machines is for ever); and folders are renamed at once or not at all.

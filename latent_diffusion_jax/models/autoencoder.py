@@ -22,6 +22,8 @@ from latent_diffusion_jax.models.quantizer import (
     VectorQuantizer,
 )
 
+ENCODER = ("encoder", "quant_conv")  # the parameters that make a posterior
+
 
 @flax.struct.dataclass
 class DiagonalGaussian:
@@ -365,3 +367,10 @@ class AutoencoderVQ(_Autoencoder):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Reconstruction of images."""
         return self.decode(self.encode(x).mean)
+
+
+def param_shapes(network: AutoencoderKL | AutoencoderVQ) -> Any:
+    """Parameters of an autoencoder as shapes."""
+    size = network.downsampling_factor
+    images = jax.ShapeDtypeStruct((1, size, size, network.image_channels), jnp.float32)
+    return jax.eval_shape(network.init, jax.random.key(0), images)["params"]

@@ -103,7 +103,7 @@ def compile_program(program: Program, slices: Slices, *, fast: bool = False) -> 
     with jax.set_mesh(program.mesh):
         lowered = traced.lower()
     try:
-        executable, text = _compile(lowered, FAST) if fast else _compile_with_text(lowered)
+        executable, text = (_compile(lowered, FAST), "") if fast else _compile_with_text(lowered)
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:
@@ -125,12 +125,12 @@ def compile_program(program: Program, slices: Slices, *, fast: bool = False) -> 
     return Compiled(program, slices, memory, seconds, flops, cost, executable, text)
 
 
-def _compile(lowered: Any, options: dict[str, Any]) -> tuple[Any, str]:
+def _compile(lowered: Any, options: dict[str, Any]) -> Any:
     # From which programs for devices that are not there cannot be read.
     cached = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        return lowered.compile(compiler_options=options), ""
+        return lowered.compile(compiler_options=options)
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
 
@@ -139,7 +139,7 @@ def _compile_with_text(lowered: Any) -> tuple[Any, str]:
     """The text by way of a file: JAX's own way fails for some of the compiler's operations."""
     with tempfile.TemporaryDirectory() as folder:
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        executable, _ = _compile(lowered, dump)
+        executable = _compile(lowered, dump)
         (path,) = pathlib.Path(folder).glob("*after_codegen.txt")
         return executable, path.read_text()
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from latent_diffusion_jax import build
 from latent_diffusion_jax.conditioning.base import UNCONDITIONAL, Conditioning
 from latent_diffusion_jax.ldm import LatentDiffusion
+from latent_diffusion_jax.models.autoencoder import ENCODER, param_shapes
 from latent_diffusion_jax.models.clip_text import PUBLISHED
 from latent_diffusion_jax.models.lpips import LPIPS
 from latent_diffusion_jax.runtime import sharding
@@ -96,21 +97,19 @@ def _sampler(config: ConfigDict, mesh: Mesh, batch_size: int, num_labels: int) -
         params = dict(ldm.init_trained(key, null))
         if ldm.conditioner is not None and "conditioner" not in params:
             params["conditioner"] = ldm.conditioner.init(key, *null.values())["params"]
-        if ldm.autoencoder is not None:
-            params["autoencoder"] = _autoencoder_params(ldm, key)
-            params["scale_factor"] = jnp.float32(1.0)
         return params
 
     same, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     dtype = build.DTYPES[config.unet.dtype]
+    params = jax.eval_shape(init)
+    if ldm.autoencoder is not None:
+        params["autoencoder"] = param_shapes(ldm.autoencoder)
+        params["scale_factor"] = jax.ShapeDtypeStruct((), jnp.float32)
     params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim else x.dtype), jax.eval_shape(init)
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim else x.dtype), params
     )
     params = _placed(params, same)
-    inputs: Any = {
-        name: jax.ShapeDtypeStruct((batch_size, *value.shape), value.dtype)
-        for name, value in conditioning.null.items()
-    }
+    inputs = _conditions(conditioning, batch_size)
     seeds: Any = jax.ShapeDtypeStruct((batch_size,), jnp.uint32)
     guided = bool(inputs) and config.sample.guidance_scale != 1.0
     request = Request(seeds, inputs, inputs if guided else None)
@@ -140,10 +139,7 @@ def _diffusion_program(
     ldm, conditioning = _second_stage(config, num_labels)
     frozen: dict[str, Any] = {}
     unused: Any = ()
-    batch = {
-        name: jax.ShapeDtypeStruct((batch_size, *value.shape), value.dtype)
-        for name, value in conditioning.null.items()
-    }
+    batch = _conditions(conditioning, batch_size)
     if ldm.autoencoder is None or not config.data.latents:
         batch["image"] = _images(config, batch_size)
     else:
@@ -152,9 +148,9 @@ def _diffusion_program(
         batch["moments"] = jax.ShapeDtypeStruct((batch_size, h, w, moments), jnp.float32)
     if ldm.autoencoder is not None:
         frozen["scale_factor"] = jax.ShapeDtypeStruct((), jnp.float32)
-        params = jax.eval_shape(lambda: _autoencoder_params(ldm, jax.random.key(0)))
+        params = param_shapes(ldm.autoencoder)
         if config.data.latents:
-            unused = {k: v for k, v in params.items() if k.startswith(("decoder", "post"))}
+            unused = {part: v for part, v in params.items() if part not in ENCODER}
         else:
             frozen["autoencoder"] = params
     if ldm.conditioner is not None and not ldm.trained_conditioner:
@@ -194,11 +190,12 @@ def _second_stage(config: ConfigDict, num_labels: int) -> tuple[LatentDiffusion,
     return ldm, UNCONDITIONAL
 
 
-def _autoencoder_params(ldm: LatentDiffusion, key: jax.Array) -> Any:
-    size = ldm.image_size
-    images = jnp.zeros((1, size, size, ldm.image_channels))
-    assert ldm.autoencoder is not None
-    return ldm.autoencoder.init(key, images)["params"]
+def _conditions(conditioning: Conditioning, batch_size: int) -> dict[str, Any]:
+    """A batch's condition, as shapes."""
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *value.shape), value.dtype)
+        for name, value in conditioning.null.items()
+    }
 
 
 def _images(config: ConfigDict, batch_size: int) -> jax.ShapeDtypeStruct:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from ml_collections import ConfigDict
 
 from latent_diffusion_jax.planning.compiled import Compiled
+from latent_diffusion_jax.planning.links import Slices
 
 MOST = 1024  # images of a chip that are tried
 
@@ -46,7 +47,7 @@ def largest_batch(config: ConfigDict, found: Compiled, attempt: Attempt) -> int:
 
 
 def changes_that_fit(
-    config: ConfigDict, name: str, images: int, num_chips: int, attempt: Attempt
+    config: ConfigDict, name: str, images: int, slices: Slices, attempt: Attempt
 ) -> tuple[str, Compiled] | None:
     """The first change of a config, from the cheapest on, with which its program fits.
 
@@ -54,13 +55,13 @@ def changes_that_fit(
       config: of the run, which does not fit.
       name: of the program.
       images: of a chip.
-      num_chips: that there are.
+      slices: that it is for.
       attempt: compiles a changed config.
 
     Returns:
       (the change, as flags of the command; the program compiled with it), or None.
     """
-    for changed, batch, said in _changes(config, name, images, num_chips):
+    for changed, batch, said in _changes(config, name, images, slices):
         found = attempt(changed, batch)
         if found.memory.fits:
             return said, found
@@ -68,49 +69,47 @@ def changes_that_fit(
 
 
 def _changes(
-    config: ConfigDict, name: str, images: int, num_chips: int
+    config: ConfigDict, name: str, images: int, slices: Slices
 ) -> Iterator[tuple[ConfigDict, int, str]]:
     """(changed config, images of a chip, the change): parameters are split first, as that costs
     least; then micro-batches; then computing anew; last come smaller batches."""
     if name == "sample":
-        batch = images
-        while batch > 1:
-            batch //= 2
-            yield config, batch, f"--config.sample.batch_size={batch}"
+        while images > 1:
+            images //= 2
+            yield config, images, f"--config.sample.batch_size={images}"
         return
-    section, prefix, network = (
-        (config.first_stage, "first_stage.", "autoencoder")
-        if name == "first_stage"
-        else (config, "", "unet")
-    )
-    del section
+    of_first = name == "first_stage"
+    prefix = "first_stage." if of_first else ""
+    network = "autoencoder" if of_first else "unet"
+
+    def section(changed: ConfigDict) -> ConfigDict:
+        return changed.first_stage if of_first else changed
+
     base = config.copy_and_resolve_references()
     flags: list[str] = []
-
-    def target(changed: ConfigDict) -> ConfigDict:
-        return changed.first_stage if prefix else changed
-
-    if base.mesh.fsdp != num_chips and num_chips > 1:
-        base.mesh.data, base.mesh.fsdp, base.mesh.tensor = 1, num_chips, 1
-        flags = [f"--config.mesh.data=1 --config.mesh.fsdp={num_chips}"]
+    fsdp = slices.chips_of_slice
+    if base.mesh.fsdp != fsdp and fsdp > 1:
+        base.mesh.data, base.mesh.fsdp, base.mesh.tensor = 1, fsdp, 1
+        flags = [f"--config.mesh.data=1 --config.mesh.fsdp={fsdp} --config.mesh.tensor=1"]
         yield base, images, flags[0]
-    for policy in (target(base)[network].remat, "blocks", "full"):
+    own_policy, own_count = section(base)[network].remat, section(base).accumulation
+    for policy in dict.fromkeys((own_policy, "blocks", "full")):
         changed = base.copy_and_resolve_references()
-        target(changed)[network].remat = policy
+        section(changed)[network].remat = policy
         said = list(flags)
-        if policy != target(base)[network].remat:
+        if policy != own_policy:
             said.append(f"--config.{prefix}{network}.remat={policy}")
-        count = target(base).accumulation
-        if said != flags:
             yield changed, images, " ".join(said)
-        while images // (count * 2) >= 1 and images % (count * 2) == 0:
+        count = own_count
+        while images % (count * 2) == 0:
             count *= 2
             split = changed.copy_and_resolve_references()
-            target(split).accumulation = count
+            section(split).accumulation = count
             yield split, images, " ".join([*said, f"--config.{prefix}accumulation={count}"])
-    batch = images
-    while batch > 1:
-        batch //= 2
-        size = batch * num_chips
-        target(changed).accumulation = 1
-        yield changed, batch, " ".join([*said, f"--config.{prefix}batch_size={size}"])
+    if own_count > 1:
+        section(changed).accumulation = 1
+        said.append(f"--config.{prefix}accumulation=1")
+    while images > 1:
+        images //= 2
+        size = images * slices.num_chips
+        yield changed, images, " ".join([*said, f"--config.{prefix}batch_size={size}"])

@@ -7,8 +7,13 @@ import pytest
 from configs import txt2img
 from latent_diffusion_jax.planning import search
 from latent_diffusion_jax.planning.compiled import Memory
+from latent_diffusion_jax.planning.links import Slices
+from latent_diffusion_jax.runtime.chips import find_chip
 
 AVAILABLE = 1000.0
+CHIP = find_chip("TPU v5 lite")
+assert CHIP is not None
+SLICES = Slices(CHIP, (2, 2), 1)
 
 
 def attempt_with(bytes_of):
@@ -66,7 +71,7 @@ def needs(fsdp=1, remat=("none", "blocks", "full"), accumulation=1, images=8):
 @pytest.mark.parametrize(
     ("memory", "said"),
     [
-        (needs(fsdp=4), "--config.mesh.data=1 --config.mesh.fsdp=4"),
+        (needs(fsdp=4), "--config.mesh.fsdp=4 --config.mesh.tensor=1"),
         (needs(accumulation=4), "--config.accumulation=4"),
         (needs(remat=("blocks",)), "--config.unet.remat=blocks"),
         (
@@ -79,7 +84,7 @@ def needs(fsdp=1, remat=("none", "blocks", "full"), accumulation=1, images=8):
 def test_changes_that_fit_are_named_and_were_tried(memory, said):
     config = txt2img.get_config("smoke")
     attempt, asked = attempt_with(memory)
-    found = search.changes_that_fit(config, "diffusion", 8, 4, attempt)
+    found = search.changes_that_fit(config, "diffusion", 8, SLICES, attempt)
     assert found is not None and found[0].endswith(said)
     tried, images = asked[-1]
     assert memory(tried, images) <= AVAILABLE
@@ -95,15 +100,33 @@ def test_changes_that_fit_are_named_and_were_tried(memory, said):
     assert config == txt2img.get_config("smoke")  # the run's own is left alone
 
 
+def test_parameters_are_split_within_slices():
+    two = Slices(CHIP, (2, 2), 2)
+    attempt, _ = attempt_with(needs(fsdp=4))
+    found = search.changes_that_fit(txt2img.get_config("smoke"), "diffusion", 8, two, attempt)
+    assert found is not None
+    assert found[0] == "--config.mesh.data=1 --config.mesh.fsdp=4 --config.mesh.tensor=1"
+
+
+def test_a_smaller_batch_needs_no_micro_batches():
+    config = txt2img.get_config("smoke")
+    config.accumulation = 2
+    attempt, asked = attempt_with(needs(fsdp=4, images=2))
+    found = search.changes_that_fit(config, "diffusion", 8, SLICES, attempt)
+    assert found is not None
+    assert found[0].endswith("--config.accumulation=1 --config.batch_size=8")
+    assert asked[-1][0].accumulation == 1
+
+
 def test_what_never_fits():
     attempt, _ = attempt_with(lambda config, images: 2000.0)
     config = txt2img.get_config("smoke")
-    assert search.changes_that_fit(config, "diffusion", 8, 4, attempt) is None
-    assert search.changes_that_fit(config, "sample", 8, 4, attempt) is None
+    assert search.changes_that_fit(config, "diffusion", 8, SLICES, attempt) is None
+    assert search.changes_that_fit(config, "sample", 8, SLICES, attempt) is None
 
 
 def test_samplers_are_given_fewer_images():
     attempt, asked = attempt_with(lambda config, images: 300.0 * images)
-    found = search.changes_that_fit(txt2img.get_config("smoke"), "sample", 16, 4, attempt)
+    found = search.changes_that_fit(txt2img.get_config("smoke"), "sample", 16, SLICES, attempt)
     assert found is not None and found[0] == "--config.sample.batch_size=2"
     assert [images for _, images in asked] == [8, 4, 2]
