@@ -36,9 +36,6 @@ PREVIEWS = np.arange(2 * LENGTH, dtype=np.int32).reshape(2, LENGTH)
 KEY = jax.random.key(5)
 
 
-MESH = {"data": 4, "fsdp": 2, "tensor": 1}
-
-
 def make_stage(
     condition_dropout=0.1,
     optimizer=None,
@@ -125,28 +122,43 @@ def run_step(mesh, accumulation):
         "tokens": rng.integers(1, 20, (16, LENGTH), dtype=np.int32),
     }
     state = random_state(stage).replace(frozen={"scale_factor": np.float32(0.7)})
-    state = jax.device_put(state, sharding.state_sharding(state, mesh))
-    step = jax.jit(
-        stage.train_step,
-        in_shardings=(sharding.replicated(mesh), sharding.batch_sharding(mesh), None),
-    )
+    shardings = sharding.state_sharding(state, mesh)
+    state = jax.device_put(state, shardings)
+    step = jax.jit(stage.train_step, in_shardings=(shardings, sharding.batch_sharding(mesh), None))
     new, metrics = step(state, sharding.put_batch(batch, mesh, 16), KEY)
     return jax.device_get((new.opt, new.params, new.ema, metrics))
 
 
-def test_micro_batches_and_devices_make_the_step_of_the_whole_batch():
-    """Gradients, the average and the figures; with dropout, whose masks are by example."""
+@pytest.fixture(scope="module")
+def whole_step():
+    """Of the whole batch on one device."""
     one = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    whole = run_step(one, 1)
-    found = run_step(sharding.make_mesh(MESH), 2)
-    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole[0]))
+    return run_step(one, 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "tensor", "accumulation"),
+    [(8, 1, 1, 1), (1, 8, 1, 1), (2, 1, 4, 1), (2, 2, 2, 2)],
+)
+def test_micro_batches_and_devices_make_the_step_of_the_whole_batch(
+    monkeypatch, whole_step, data, fsdp, tensor, accumulation
+):
+    """Gradients, the average and the figures; with dropout, whose masks are by example."""
+    monkeypatch.setattr(sharding, "MIN_FSDP_SIZE", 128)  # so that these small ones are split
+    mesh = sharding.make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor})
+    shapes = jax.eval_shape(make_stage().init, KEY).params
+    specs = {str(x.spec) for x in jax.tree.leaves(sharding.state_sharding(shapes, mesh))}
+    for axis, size in (("fsdp", fsdp), ("tensor", tensor)):
+        assert any(axis in spec for spec in specs) == (size > 1)
+    found = run_step(mesh, accumulation)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole_step[0]))
 
     def check(ours, theirs):
         # Some gradients are zero but for rounding: of biases that a norm takes away again.
         scale = max(np.abs(theirs).max(), 0.01 * largest)
         assert np.abs(ours - theirs).max() <= 1e-5 * scale
 
-    jax.tree.map(check, found, whole)
+    jax.tree.map(check, found, whole_step)
 
 
 def test_dropout_masks_differ_by_step_and_example():

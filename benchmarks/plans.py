@@ -1,0 +1,127 @@
+r"""Plans of the shipped configs for TPUs, by the compiler for them: memory, operations, step time.
+
+  python benchmarks/plans.py --out=benchmarks/results/plans [--cases=sd15_train,sd15_sample]
+
+Each case is a call of `python -m latent_diffusion_jax.plan` in its own process, on this machine's
+CPU; the full networks take minutes each, so run it on an idle machine. Rows of cases that are not
+run again stay as they are in OUT.json; OUT.md is the table of all.
+
+What holds of the figures is tested by `pytest -m slow tests/planning/test_full_size.py`.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from side_by_side import describe_machine
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A program of a config on a topology.
+
+    Attributes:
+      config: below `configs/`, with its variant.
+      program: `first_stage`, `diffusion` or `sample`.
+      topology: as --topology takes it.
+      overrides: of the config.
+    """
+
+    config: str
+    program: str
+    topology: str
+    overrides: tuple[str, ...] = ()
+
+    def command(self, json_file: pathlib.Path) -> list[str]:
+        return [
+            sys.executable, "-m", "latent_diffusion_jax.plan", "--nosearch",
+            f"--config=configs/{self.config}", f"--topology={self.topology}",
+            f"--programs={self.program}", f"--json={json_file}",
+            *(f"--config.{override}" for override in self.overrides),
+        ]  # fmt: skip
+
+
+LATENTS = "data.latents=encoded"
+CASES = {
+    # 16 chips of 16 GiB: the parameters are split over all of them.
+    "sd15_train": Case("stable_diffusion.py", "diffusion", "v5e:4x4", ("batch_size=64", LATENTS)),
+    "sd15_sample": Case("stable_diffusion.py", "sample", "v5e:1x1"),
+    # As many images a chip on 16 times as many: whether speed goes along.
+    "sd15_train_256": Case(
+        "stable_diffusion.py",
+        "diffusion",
+        "v5e:16x16",
+        ("batch_size=1024", "mesh.data=16", "mesh.fsdp=16", LATENTS),
+    ),
+    # MaxDiffusion trains it on 8 chips, 32 images on each: 86.4 images/s/chip were measured.
+    "sd2_train": Case(
+        "stable_diffusion.py:v2_base",
+        "diffusion",
+        "v5p:2x2x2",
+        ("batch_size=256", "mesh.data=8", "mesh.fsdp=1", LATENTS),
+    ),
+    "kl_f8": Case("autoencoder_kl.py:f8", "first_stage", "v5e:2x2"),
+    "vq_f4": Case("autoencoder_vq.py:f4", "first_stage", "v5e:2x2"),
+    "txt2img": Case("txt2img.py:paper", "diffusion", "v5e:4x4", (LATENTS,)),
+    "txt2img_sample": Case("txt2img.py:paper", "sample", "v5e:1x1"),
+}
+
+
+def run(case: Case) -> dict:
+    """The case's row, as the command writes it."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "rows.json"
+        done = subprocess.run(case.command(path), cwd=ROOT, env=environment, check=False)
+        if not path.exists():
+            raise SystemExit(f"error: the plan failed with exit status {done.returncode}")
+        (row,) = json.loads(path.read_text("utf-8"))
+    return row | {"config": case.config, "overrides": list(case.overrides)}
+
+
+def table(rows: dict[str, dict]) -> str:
+    from latent_diffusion_jax.planning.report import markdown
+
+    head, line, *body = markdown([rows[name] for name in CASES if name in rows]).splitlines()
+    named = [
+        f"| {rows[name]['config']} {row}"
+        for name, row in zip((name for name in CASES if name in rows), body, strict=True)
+    ]
+    return "\n".join([f"| config {head}", f"|---{line}", *named])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--cases", default=",".join(CASES))
+    options = parser.parse_args()
+    for name in (names := options.cases.split(",")):
+        if name not in CASES:
+            parser.error(f"no case {name}; known: {', '.join(CASES)}")
+    path = options.out.with_suffix(".json")
+    rows = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else {}
+    machine = describe_machine(len(os.sched_getaffinity(0)))
+    for name in names:
+        rows[name] = run(CASES[name])
+        path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", "utf-8")
+    described = ", ".join(f"{key} {value}" for key, value in machine.items())
+    text = f"# Plans of the shipped configs\n\nCompiled on {described}.\n\n{table(rows)}\n\n"
+    options.out.with_suffix(".md").write_text(text + NOTE, "utf-8")
+    print(text + NOTE)
+
+
+NOTE = """\
+HBM is what a chip needs beside what its programs may have; step s, images/s and MFU are rooflines
+(see the README), images/s of all chips; FLOP/model are the compiled program's operations to the
+model's. Overrides and all figures (memory by kind, collectives, seconds by bound) are in the JSON.
+"""
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The plan command: what it prints, writes and exits with."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests.tpu import tpu_devices
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def compiler():
+    tpu_devices("v5e:2x2")  # skips where there is none
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "latent_diffusion_jax.plan", *arguments],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_a_config_that_fits(tmp_path):
+    done = run(
+        "--config=configs/txt2img.py:smoke",
+        "--topology=v5e:2x2",
+        "--programs=sample",
+        "--nosearch",
+        f"--json={tmp_path / 'rows.json'}",
+        f"--save={tmp_path / 'programs'}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sample on v5e:2x2" in done.stdout and "of 15.75 GiB" in done.stdout
+    assert "DOES NOT FIT" not in done.stdout
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["fits"] and row["topology"] == "v5e:2x2" and row["program"] == "sample"
+    assert 0 < row["HBM GiB"] < row["of"] == 15.75
+    assert 0 < row["MFU"] < 1 and row["images/s"] > 0
+    assert (tmp_path / "programs" / "sample_v5e_2x2").stat().st_size > 1000
+    assert "ENTRY" in (tmp_path / "programs" / "sample_v5e_2x2.txt").read_text()
+
+
+@pytest.mark.slow  # three compilations
+def test_a_config_that_does_not_fit_exits_with_what_makes_it_fit(tmp_path):
+    done = run(
+        "--config=configs/txt2img.py:smoke",
+        "--topology=v5e:1x1",
+        "--programs=diffusion",
+        "--config.batch_size=131072",
+        f"--json={tmp_path / 'rows.json'}",
+    )
+    assert done.returncode == 1, done.stderr
+    assert "DOES NOT FIT" in done.stdout
+    assert "it fits with --config.accumulation=" in done.stdout
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert not row["fits"] and row["HBM GiB"] > row["of"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--programs=first_stages"], "first_stage, diffusion, sample"),
+        (["--config.unet.channel=3"], "unet.channel"),
+        (["--config.mesh.fsdp=3"], "fsdp"),
+        (["--config.batch_size=9"], "not divisible by 4 chips"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, said):
+    done = run(
+        "--config=configs/txt2img.py:smoke", "--topology=v5e:2x2", "--nosearch", *arguments
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr
