@@ -19,6 +19,7 @@ from typing import Any
 import jax
 from absl import flags
 from jax.experimental import serialize_executable
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from latent_diffusion_jax.config_checks import check_config
@@ -60,13 +61,8 @@ def plan(
     devices, slices = open_topology(topology)
 
     def compiled(config: ConfigDict, images: int, fast: bool) -> Compiled:
-        sizes = dict(config.mesh) if name != programs.SAMPLE else dict(data=-1, fsdp=1, tensor=1)
-        mesh = sharding.make_mesh(sizes, devices)
         batch_size = images * slices.num_chips
-        if name != programs.SAMPLE:
-            section = config.first_stage if name == "first_stage" else config
-            key = "first_stage.batch_size" if name == "first_stage" else "batch_size"
-            sharding.check_batch_size(batch_size // section.accumulation, mesh, key)
+        mesh = make_mesh(config, name, devices, batch_size)
         with as_user_error("the config's parts do not fit together"):
             program = programs.make(config, name, mesh, batch_size, num_labels)
         return compile_program(program, slices, fast=fast)
@@ -92,6 +88,29 @@ def plan(
     if save is not None and found.executable is not None:
         _save(found, save / f"{name}_{topology.replace(':', '_').replace('*', '_')}")
     return report.as_row(topology, found, largest)
+
+
+def make_mesh(config: ConfigDict, name: str, devices: list[Any], batch_size: int) -> Mesh:
+    """The mesh that a program runs on.
+
+    Raises:
+      UserError: it does not go with the devices, or with the batch.
+    """
+    if name == programs.SAMPLE:
+        return sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, devices)
+    mesh = sharding.make_mesh(dict(config.mesh), devices)
+    section = config.first_stage if name == "first_stage" else config
+    key = "first_stage.batch_size" if name == "first_stage" else "batch_size"
+    sharding.check_batch_size(batch_size // section.accumulation, mesh, key)
+    return mesh
+
+
+def check_topology(config: ConfigDict, topology: str, names: list[str]) -> None:
+    """Raises UserError where a topology does not go with a config, before anything is compiled."""
+    devices, slices = open_topology(topology)
+    for name in names:
+        images = _images_of_chip(config, name, slices.num_chips)
+        make_mesh(config, name, devices, images * slices.num_chips)
 
 
 def _images_of_chip(config: ConfigDict, name: str, num_chips: int) -> int:
@@ -146,6 +165,8 @@ def main() -> None:
     for name in names:
         if name not in known:
             raise UserError(f"--programs={name}: this config has {', '.join(known)}")
+    for topology in FLAGS.topology:
+        check_topology(config, topology, names)
     save = pathlib.Path(FLAGS.save).expanduser() if FLAGS.save else None
     rows = [
         plan(

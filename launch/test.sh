@@ -13,4 +13,4 @@ PIP_FLAGS=--no-deps install requirements-peers.txt
 .venv/bin/ruff check .
 .venv/bin/mypy
 .venv/bin/shellcheck -x launch/*.sh launch/slurm.sbatch
-.venv/bin/python -m pytest --numprocesses=2 --dist=loadfile "$@"
+.venv/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

@@ -1,13 +1,19 @@
 """Every test runs on 8 virtual CPU devices and offline."""
 
+import fcntl
 import os
 import pathlib
+import shutil
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Tests compile much and compute little: compiling without optimisation takes a third of the time.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+# Tests compile much and compute little: compiling without optimisation takes a third of the time,
+# and of that the older way of emitting fusions half.
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1"
+)
 
 import jax
 import pytest
@@ -17,14 +23,30 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # for `configs` a
 
 from tests.tpu import tpu_topology  # noqa: E402, F401  # a fixture
 
+# Those that take longest are begun with, so that no worker is left with one at the end.
+LONGEST = (
+    "test_distributed.py", "test_diffusion_stage.py", "test_train.py", "test_sample.py",
+    "test_conditionings.py", "test_encode.py", "test_evaluate_first_stage.py", "test_saving.py",
+    "test_programs.py", "test_costs.py", "test_configs.py", "test_pipelines.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
+
+
+@pytest.fixture(scope="session")
+def common_dir(tmp_path_factory):
+    """A folder that all workers of the session see."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
 
 @pytest.fixture(scope="session", autouse=True)
-def compile_cache(tmp_path_factory):
+def compile_cache(common_dir):
     """Compiles each program once for all tests and the processes that they start."""
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent  # the workers' common one
-    folder = str(base / "compile_cache")
+    folder = str(common_dir / "compile_cache")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -47,13 +69,20 @@ def smoke_config(data_dir):
 
 
 @pytest.fixture(scope="session")
-def trained_workdir(tmp_path_factory, data_dir):
-    """A workdir in which both stages of the smoke config are complete."""
+def trained_workdir(tmp_path_factory, common_dir, data_dir):
+    """A workdir in which both stages of the smoke config are complete; a copy for each worker."""
     from configs import txt2img
     from latent_diffusion_jax.train import train
 
-    config = txt2img.get_config("smoke")
-    config.data.data_dir = data_dir
-    workdir = tmp_path_factory.mktemp("trained")
-    assert train(config, workdir)
+    common = common_dir / "trained"
+    with (common_dir / "trained.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker trains
+        if not common.exists():
+            config = txt2img.get_config("smoke")
+            config.data.data_dir = data_dir
+            unfinished = tmp_path_factory.mktemp("trained")
+            assert train(config, unfinished)
+            shutil.copytree(unfinished, common)
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    shutil.copytree(common, workdir)
     return workdir

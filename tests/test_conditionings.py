@@ -32,6 +32,18 @@ def trained(config, tmp_path_factory, data_dir):
     return workdir
 
 
+def with_first_stage(config, workdir):
+    """The first stage is there already."""
+    config.first_stage.init_from, config.stages = str(workdir), ("diffusion",)
+    return config
+
+
+def one_level(config):
+    """A smaller UNet."""
+    config.unet.channel_multipliers, config.unet.attention_levels = (1,), (0,)
+    return config
+
+
 def draw(pipe, *args, **options):
     return pipe(*args, **options).astype(int)
 
@@ -40,8 +52,9 @@ def draw(pipe, *args, **options):
 
 
 @pytest.fixture(scope="module")
-def free_workdir(tmp_path_factory, data_dir):
-    return trained(unconditional.get_config("smoke"), tmp_path_factory, data_dir)
+def free_workdir(tmp_path_factory, data_dir, trained_workdir):
+    config = with_first_stage(unconditional.get_config("smoke"), trained_workdir)
+    return trained(config, tmp_path_factory, data_dir)
 
 
 def test_an_unconditional_model_draws(free_workdir):
@@ -101,8 +114,9 @@ def test_what_diffusers_cannot_hold_is_refused_before_anything_is_written(free_w
 
 
 @pytest.fixture(scope="module")
-def class_workdir(tmp_path_factory, data_dir):
-    return trained(class_cond.get_config("smoke"), tmp_path_factory, data_dir)
+def class_workdir(tmp_path_factory, data_dir, trained_workdir):
+    config = with_first_stage(class_cond.get_config("smoke"), trained_workdir)
+    return trained(config, tmp_path_factory, data_dir)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +191,7 @@ def test_pixels_have_no_first_stage(pixel_workdir):
 
 
 def test_learned_variance_in_pixels(tmp_path, data_dir):
-    config = pixel.get_config("smoke")
+    config = one_level(pixel.get_config("smoke"))
     config.data.data_dir = data_dir
     config.objective.learned_variance = True
     config.sample.sampler, config.sample.variance = "ddpm", "learned"
@@ -197,7 +211,7 @@ def test_subfolders_are_classes(tmp_path, data_dir):
             for i in range(count):
                 pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
-    config = pixel.get_config("smoke")
+    config = one_level(pixel.get_config("smoke"))
     config.data.name, config.data.caption_key = str(tmp_path / "pets"), ""
     config.sample.labels = (1, 0)
     assert train(config, tmp_path / "run")

@@ -149,7 +149,9 @@ def test_two_processes_train_as_one_does(of_one, of_two):
     assert any(name.startswith("ema/") for name in state_of(of_two, "diffusion"))
 
 
-@pytest.mark.parametrize(("first", "then"), [("of_two", 1), ("of_one", 2)])
+@pytest.mark.parametrize(
+    ("first", "then"), [("of_two", 1), pytest.param("of_one", 2, marks=pytest.mark.slow)]
+)
 def test_the_other_number_of_processes_goes_on(request, tmp_path, data_dir, first, then):
     begun = request.getfixturevalue(first)
     workdir = tmp_path / "run"
@@ -203,6 +205,7 @@ def test_two_processes_evaluate_as_one_does(of_two, tmp_path):
     assert np.abs(drawn - images.grid(samples, columns=10)).max() <= 1
 
 
+@pytest.mark.slow
 def test_two_processes_measure_a_first_stage_as_one_does(of_two, tmp_path):
     flags = (f"--first_stage={of_two}", "--max_real=20", "--image_size=16", "--batch_size=8")
     found = measured(tmp_path, *flags)

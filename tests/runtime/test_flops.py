@@ -87,7 +87,7 @@ def test_of_a_choice_by_platform_the_default_counts():
 
 
 def unet_flops(remat: str, batch: int = 2) -> float:
-    unet = UNet(4, 8, (1, 2), 1, (1,), head_dim=8, num_groups=4, remat=remat, dtype=jnp.bfloat16)
+    unet = UNet(4, 8, (1,), 1, (0,), head_dim=8, num_groups=4, remat=remat, dtype=jnp.bfloat16)
     z, t = jnp.zeros((batch, 8, 8, 4)), jnp.zeros(batch, jnp.int32)
     context = jnp.zeros((batch, 3, 6))
     params = jax.eval_shape(unet.init, jax.random.key(0), z, t, context)
@@ -100,5 +100,5 @@ def test_what_is_computed_again_to_save_memory_does_not_count():
     plain = unet_flops("none")
     assert plain > 1e6
     np.testing.assert_allclose(unet_flops("none", batch=4), 2 * plain, rtol=1e-3)
-    for remat in ("dots", "blocks", "full"):
+    for remat in ("dots", "full"):
         assert unet_flops(remat) == plain, remat

@@ -112,10 +112,13 @@ def random_state(stage):
     return state.replace(step=np.int32(0), params=params, ema=params, opt=opt)
 
 
+UNET = LDM.unet.clone(channels=16, channel_multipliers=(1,), attention_levels=(0,), dropout=0.5)
+DROPOUT = dataclasses.replace(LDM, unet=UNET)
+
+
 def run_step(mesh, accumulation):
     """A step with dropout, of 16 examples on this many devices."""
-    ldm = dataclasses.replace(LDM, unet=LDM.unet.clone(dropout=0.5))
-    stage = make_stage(optimizer=sgd(), ldm=ldm, accumulation=accumulation)
+    stage = make_stage(optimizer=sgd(), ldm=DROPOUT, accumulation=accumulation)
     rng = np.random.default_rng(1)
     batch = {
         "moments": rng.normal(size=(16, 4, 4, 6)).astype(np.float32),
@@ -146,7 +149,7 @@ def test_micro_batches_and_devices_make_the_step_of_the_whole_batch(
     """Gradients, the average and the figures; with dropout, whose masks are by example."""
     monkeypatch.setattr(sharding, "MIN_FSDP_SIZE", 128)  # so that these small ones are split
     mesh = sharding.make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor})
-    shapes = jax.eval_shape(make_stage().init, KEY).params
+    shapes = jax.eval_shape(make_stage(ldm=DROPOUT).init, KEY).params
     specs = {str(x.spec) for x in jax.tree.leaves(sharding.state_sharding(shapes, mesh))}
     for axis, size in (("fsdp", fsdp), ("tensor", tensor)):
         assert any(axis in spec for spec in specs) == (size > 1)
@@ -163,14 +166,13 @@ def test_micro_batches_and_devices_make_the_step_of_the_whole_batch(
 
 def test_dropout_masks_differ_by_step_and_example():
     """Otherwise the test above could not fail."""
-    ldm = dataclasses.replace(LDM, unet=LDM.unet.clone(dropout=0.5))
-    params = random_state(make_stage(ldm=ldm)).params
+    params = random_state(make_stage(ldm=DROPOUT)).params
     row = np.random.default_rng(0).normal(size=(1, 4, 4, 3)).astype(np.float32)
     context = Cond(context=jnp.ones((2, LENGTH, 8)))
 
     @jax.jit
     def predict(keys):
-        return ldm.predict(params, jnp.repeat(row, 2, 0), jnp.array([9, 9]), context, keys)
+        return DROPOUT.predict(params, jnp.repeat(row, 2, 0), jnp.array([9, 9]), context, keys)
 
     keys = jax.random.split(KEY, 3)
     a, b = predict(keys[:2])
