@@ -60,18 +60,18 @@ def plan(
     """
     devices, slices = open_topology(topology)
 
-    def compiled(config: ConfigDict, images: int, fast: bool) -> Compiled:
+    def compiled(config: ConfigDict, images: int, **options: bool) -> Compiled:
         batch_size = images * slices.num_chips
         mesh = make_mesh(config, name, devices, batch_size)
         with as_user_error("the config's parts do not fit together"):
             program = programs.make(config, name, mesh, batch_size, num_labels)
-        return compile_program(program, slices, fast=fast)
+        return compile_program(program, slices, **options)
 
     def attempt(config: ConfigDict, images: int) -> Compiled:
-        return compiled(config, images, fast=True)
+        return compiled(config, images, with_cost=False)
 
     images = _images_of_chip(config, name, slices.num_chips)
-    found = compiled(config, images, fast=False)
+    found = compiled(config, images, to_run=save is not None)
     print(report.describe(topology, found), flush=True)
     largest = None
     if searched and found.memory.fits:

@@ -25,9 +25,9 @@ from tests.tpu import tpu_topology  # noqa: E402, F401  # a fixture
 
 # Those that take longest are begun with, so that no worker is left with one at the end.
 LONGEST = (
-    "test_distributed.py", "test_diffusion_stage.py", "test_train.py", "test_sample.py",
-    "test_conditionings.py", "test_encode.py", "test_evaluate_first_stage.py", "test_saving.py",
-    "test_programs.py", "test_costs.py", "test_configs.py", "test_pipelines.py",
+    "test_distributed.py", "test_train.py", "test_programs.py", "test_diffusion_stage.py",
+    "test_costs.py", "test_configs.py", "test_pipelines.py", "test_sample.py", "test_saving.py",
+    "test_conditionings.py", "test_encode.py", "test_evaluate_first_stage.py",
 )  # fmt: skip
 
 

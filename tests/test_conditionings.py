@@ -38,9 +38,10 @@ def with_first_stage(config, workdir):
     return config
 
 
-def one_level(config):
-    """A smaller UNet."""
-    config.unet.channel_multipliers, config.unet.attention_levels = (1,), (0,)
+def smallest(config):
+    """One level without attention, the labels added to the timesteps."""
+    config.unet.channel_multipliers, config.unet.attention_levels = (1,), ()
+    config.unet.attention, config.class_embedding.width = "self", 0
     return config
 
 
@@ -191,7 +192,7 @@ def test_pixels_have_no_first_stage(pixel_workdir):
 
 
 def test_learned_variance_in_pixels(tmp_path, data_dir):
-    config = one_level(pixel.get_config("smoke"))
+    config = smallest(pixel.get_config("smoke"))
     config.data.data_dir = data_dir
     config.objective.learned_variance = True
     config.sample.sampler, config.sample.variance = "ddpm", "learned"
@@ -211,7 +212,7 @@ def test_subfolders_are_classes(tmp_path, data_dir):
             for i in range(count):
                 pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
-    config = one_level(pixel.get_config("smoke"))
+    config = smallest(pixel.get_config("smoke"))
     config.data.name, config.data.caption_key = str(tmp_path / "pets"), ""
     config.sample.labels = (1, 0)
     assert train(config, tmp_path / "run")

@@ -1,5 +1,6 @@
 """Configs: every variant builds, at full size as shapes, and wrong values are named."""
 
+import functools
 import importlib
 import json
 import pathlib
@@ -23,6 +24,20 @@ MODULES = {path.stem: importlib.import_module(f"configs.{path.stem}")
 VARIANTS = [(name, variant) for name, module in MODULES.items() for variant in module.VARIANTS]
 
 every_variant = pytest.mark.parametrize(("name", "variant"), VARIANTS)
+# Large networks that are much like others.
+LARGE = [
+    ("class_cond", "imagenet_f8"), ("pixel", "celebahq"), ("pixel", "ddpm"), ("pixel", "imagenet"),
+    ("stable_diffusion", "v2"), ("stable_diffusion", "v2_base"), ("unconditional", "celebahq"),
+    ("unconditional", "ffhq"), ("unconditional", "lsun_bedrooms"),
+]  # fmt: skip
+
+
+def without_large(variants):
+    """Those of large networks are slow."""
+    return pytest.mark.parametrize(
+        ("name", "variant"),
+        [pytest.param(*v, marks=pytest.mark.slow if v in LARGE else ()) for v in variants],
+    )
 
 
 # Fields of the text encoders of Stable Diffusion 1 and 2.
@@ -70,12 +85,10 @@ def shapes_of(config: ConfigDict) -> dict:
     return params
 
 
-@pytest.fixture(scope="module")
-def parameters():
-    """Shapes of the parameters of both stages, by config and variant."""
-    return {
-        (name, variant): shapes_of(MODULES[name].get_config(variant)) for name, variant in VARIANTS
-    }
+@functools.cache
+def parameters(name: str, variant: str) -> dict:
+    """Shapes of the parameters of both stages."""
+    return shapes_of(MODULES[name].get_config(variant))
 
 
 def test_there_are_configs():
@@ -96,8 +109,8 @@ def test_variant_is_explained_at_the_head_of_its_file(name, variant):
     assert variant in [words[0] for words in lines if words]
 
 
-@every_variant
-def test_all_stages_build(parameters, name, variant):
+@without_large(VARIANTS)
+def test_all_stages_build(name, variant):
     expected = set() if name == "pixel" else {"autoencoder"}
     if name != "pixel" and (name, variant) != ("decoder_finetune", "ft_mse"):
         expected |= {"discriminator"}  # all but the one without an adversary
@@ -106,18 +119,18 @@ def test_all_stages_build(parameters, name, variant):
     labels = name == "pixel" and variant not in ("ddpm", "celebahq")
     if name in ("txt2img", "class_cond") or labels:
         expected |= {"conditioner"}
-    assert parameters[name, variant].keys() == expected
+    assert parameters(name, variant).keys() == expected
 
 
 @every_variant
-def test_config_from_json_builds_the_same(parameters, name, variant):
+def test_config_from_json_builds_the_same(name, variant):
     # Checkpoints keep the config as JSON, which has lists and no tuples.
     config = MODULES[name].get_config(variant)
     copy = ConfigDict(json.loads(config.to_json()))
     checked(copy)
     assert flatten(copy).keys() == flatten(config).keys()
     if name in ("txt2img", "class_cond", "pixel") and variant == "smoke":  # all others alike
-        assert shapes_of(copy) == parameters[name, variant]
+        assert shapes_of(copy) == parameters(name, variant)
 
 
 @every_variant
@@ -143,10 +156,10 @@ def test_default_variant():
         assert flatten(module.get_config()) == flatten(module.get_config(module.VARIANTS[0]))
 
 
-def test_paper_has_the_papers_size(parameters):
+def test_paper_has_the_papers_size():
     # What CompVis' code prints for the UNet and the autoencoder of LDM-KL-8, in millions.
     counts = {key: trees.count(value) / 1e6
-              for key, value in parameters["txt2img", "paper"].items()}  # fmt: skip
+              for key, value in parameters("txt2img", "paper").items()}  # fmt: skip
     assert counts["unet"] == pytest.approx(872.30, rel=1e-4)
     assert counts["autoencoder"] == pytest.approx(83.65, rel=1e-3)
 
@@ -169,10 +182,10 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize(("name", "variant"), PUBLISHED)
-def test_unets_have_the_published_sizes(parameters, name, variant):
+@without_large(PUBLISHED)
+def test_unets_have_the_published_sizes(name, variant):
     wanted, tolerance = PUBLISHED[name, variant]
-    count = trees.count(parameters[name, variant]["unet"]) / 1e6
+    count = trees.count(parameters(name, variant)["unet"]) / 1e6
     assert count == pytest.approx(wanted, rel=tolerance)
 
 

@@ -37,7 +37,7 @@ def draw(folder, seed, out):
     return np.load(out)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_the_exported_program_draws_the_same(dtype, tmp_path):
     make_pipeline(tmp_path / "in")
     model = loading.load_model(tmp_path / "in", dtype=dtype)

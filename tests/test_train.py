@@ -193,6 +193,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, data_dir, number):
     assert position == {"next_index": step}
 
 
+@pytest.mark.slow
 def test_lpips_weights_turn_the_perceptual_loss_on(smoke_config, tmp_path):
     from safetensors.numpy import save_file
 

@@ -14,9 +14,9 @@ from latent_diffusion_jax.planning.costs import Cost
 from latent_diffusion_jax.planning.links import Slices
 from latent_diffusion_jax.planning.programs import Program
 
-# Without the search for the best windows of convolutions, which takes two thirds of the compiler's
-# time and changes nothing of the memory.
-FAST = {"xla_jf_convolution_performance_target": 0}
+# The search for the best windows of convolutions takes more than half of the compiler's time, and
+# changes neither a program's memory nor what there is to compute and to move.
+NO_SEARCH = {"xla_jf_convolution_performance_target": 0}
 _SIZES = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "": 1.0}
 
 
@@ -57,7 +57,7 @@ class Compiled:
       model_flops: in one call, on all chips (see `runtime.flops`).
       cost: on each chip; None where the program does not fit or nobody asked.
       executable: None where it does not fit.
-      text: of the compiled program, where its cost was asked for.
+      text: of the compiled program.
     """
 
     program: Program
@@ -89,13 +89,16 @@ class Compiled:
         return self.cost.flops * self.slices.num_chips / self.model_flops
 
 
-def compile_program(program: Program, slices: Slices, *, fast: bool = False) -> Compiled:
+def compile_program(
+    program: Program, slices: Slices, *, with_cost: bool = True, to_run: bool = False
+) -> Compiled:
     """Compiles a program.
 
     Args:
       program: it.
       slices: that it is for.
-      fast: to see whether it fits, and no more.
+      with_cost: whether to estimate it.
+      to_run: as for running it, with the best windows of convolutions.
     """
     start = time.perf_counter()
     traced = program.trace()
@@ -103,7 +106,7 @@ def compile_program(program: Program, slices: Slices, *, fast: bool = False) -> 
     with jax.set_mesh(program.mesh):
         lowered = traced.lower()
     try:
-        executable, text = (_compile(lowered, FAST), "") if fast else _compile_with_text(lowered)
+        executable, text = _compile(lowered, {} if to_run else NO_SEARCH)
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:
@@ -119,29 +122,23 @@ def compile_program(program: Program, slices: Slices, *, fast: bool = False) -> 
         + max(found.output_size_in_bytes - found.alias_size_in_bytes, 0)
     )
     memory = Memory(program.resident, float(own), slices.chip.memory)
-    cost = None
-    if not fast:
-        cost = costs.estimate(hlo.parse(text), slices, program.rounds)
+    cost = costs.estimate(hlo.parse(text), slices, program.rounds) if with_cost else None
     return Compiled(program, slices, memory, seconds, flops, cost, executable, text)
 
 
-def _compile(lowered: Any, options: dict[str, Any]) -> Any:
-    # From which programs for devices that are not there cannot be read.
+def _compile(lowered: Any, options: dict[str, Any]) -> tuple[Any, str]:
+    """The program and its text, which JAX's own way fails to print for some operations."""
     cached = jax.config.values["jax_enable_compilation_cache"]
+    # From which programs for devices that are not there cannot be read.
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        return lowered.compile(compiler_options=options)
+        with tempfile.TemporaryDirectory() as folder:
+            dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+            executable = lowered.compile(compiler_options=options | dump)
+            (path,) = pathlib.Path(folder).glob("*after_codegen.txt")
+            return executable, path.read_text()
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
-
-
-def _compile_with_text(lowered: Any) -> tuple[Any, str]:
-    """The text by way of a file: JAX's own way fails for some of the compiler's operations."""
-    with tempfile.TemporaryDirectory() as folder:
-        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        executable = _compile(lowered, dump)
-        (path,) = pathlib.Path(folder).glob("*after_codegen.txt")
-        return executable, path.read_text()
 
 
 def _needed(message: str) -> float | None:

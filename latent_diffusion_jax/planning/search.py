@@ -9,7 +9,7 @@ from latent_diffusion_jax.planning.links import Slices
 
 MOST = 1024  # images of a chip that are tried
 
-# (config, images of a chip) -> the program compiled in the fast way
+# (config, images of a chip) -> the compiled program; nobody asks for its cost
 Attempt = Callable[[ConfigDict, int], Compiled]
 
 

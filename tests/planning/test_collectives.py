@@ -22,7 +22,8 @@ def wide(program):
         config.data.image_size = 16
         return config
     config = txt2img.get_config("smoke")
-    config.unet.channels = 32
+    config.unet.channels, config.unet.channel_multipliers = 32, (1,)
+    config.unet.attention_levels = (0,)
     config.unet.head_dim = 16
     config.text_encoder.width = 64
     config.text_encoder.head_dim = 32

@@ -87,7 +87,7 @@ def test_of_a_choice_by_platform_the_default_counts():
 
 
 def unet_flops(remat: str, batch: int = 2) -> float:
-    unet = UNet(4, 8, (1,), 1, (0,), head_dim=8, num_groups=4, remat=remat, dtype=jnp.bfloat16)
+    unet = UNet(4, 8, (1,), 1, (0,), head_dim=8, num_groups=4, remat=remat)
     z, t = jnp.zeros((batch, 8, 8, 4)), jnp.zeros(batch, jnp.int32)
     context = jnp.zeros((batch, 3, 6))
     params = jax.eval_shape(unet.init, jax.random.key(0), z, t, context)
