@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -50,6 +51,11 @@ def connect(cluster: Cluster) -> None:
         _say(why)
         os._exit(status)  # JAX would abort with a dump of its stack, or crash on its way out
 
+    if cluster.address and cluster.process_id == 0:
+        try:
+            _check_port(cluster.address)
+        except OSError as error:
+            give_up(f"cannot connect the processes{where}: {error.strerror}", 2)
     late = (
         f"the {cluster.num_processes} processes have not come together{where} within "
         f"{CONNECT_SECONDS:g} s: are all of them running, each with its own --process_id, and can "
@@ -76,6 +82,13 @@ def connect(cluster: Cluster) -> None:
         jax.config.update("jax_cuda_visible_devices", "all")
         jax.config.update("jax_rocm_visible_devices", "all")
     threading.Thread(target=_watch, name="watch", daemon=True).start()
+
+
+def _check_port(address: str) -> None:
+    """Raises OSError where others listen at the port, of which JAX now and then crashes."""
+    port = address.rpartition(":")[2]
+    if port.isdecimal():
+        socket.create_server(("", int(port))).close()
 
 
 def meet(mesh: Mesh | None = None) -> None:
