@@ -15,7 +15,7 @@ from latent_diffusion_jax.planning.links import Slices
 from latent_diffusion_jax.planning.programs import Program
 
 # The search for the best windows of convolutions takes more than half of the compiler's time, and
-# changes neither a program's memory nor what there is to compute and to move.
+# changes a program's code by megabytes, and neither what it computes nor what it moves.
 NO_SEARCH = {"xla_jf_convolution_performance_target": 0}
 _SIZES = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "": 1.0}
 

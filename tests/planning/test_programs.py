@@ -50,15 +50,14 @@ def test_miniatures_compile_for_a_v5e(tpu_topology, name, program):
 
 
 def test_what_is_compiled_to_run_costs_the_same(tpu_topology):
-    """The search for windows, which plans do without, changes neither memory nor the estimate."""
+    """The search for windows, which plans do without, changes some code and not the estimate."""
     tpu_topology("v5e:2x2")
     devices, slices = open_topology("v5e:2x2")
     made = smoke_program("txt2img", "sample", {"data": 4, "fsdp": 1, "tensor": 1}, devices)
     found, to_run = (compile_program(made, slices, to_run=choice) for choice in (False, True))
     assert found.cost is not None and to_run.cost is not None
-    assert found.memory.total == pytest.approx(to_run.memory.total, rel=0.02)
-    assert found.cost.flops == to_run.cost.flops
-    assert found.cost.seconds == pytest.approx(to_run.cost.seconds, rel=0.02)
+    assert found.cost == to_run.cost
+    assert abs(found.memory.total - to_run.memory.total) < 16 * 2**20
 
 
 @pytest.mark.parametrize("precomputed", [False, True])
