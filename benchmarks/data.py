@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import pathlib
+import sys
 import tempfile
 import time
 
@@ -19,9 +20,11 @@ import skimage.data
 from PIL import Image
 from side_by_side import describe_machine
 
-from configs import txt2img
-from latent_diffusion_jax import build
-from latent_diffusion_jax.data import pipeline
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from configs import txt2img  # noqa: E402
+from latent_diffusion_jax import build  # noqa: E402
+from latent_diffusion_jax.data import pipeline  # noqa: E402
 
 BATCH, QUALITY = 64, 90
 

@@ -21,6 +21,9 @@ import tempfile
 from side_by_side import describe_machine
 
 ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from latent_diffusion_jax.planning.report import markdown  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +90,6 @@ def run(case: Case) -> dict:
 
 
 def table(rows: dict[str, dict]) -> str:
-    from latent_diffusion_jax.planning.report import markdown
-
     head, line, *body = markdown([rows[name] for name in CASES if name in rows]).splitlines()
     named = [
         f"| {rows[name]['config']} {row}"
