@@ -22,9 +22,9 @@ from side_by_side import describe_machine
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from configs import txt2img  # noqa: E402
-from latent_diffusion_jax import build  # noqa: E402
-from latent_diffusion_jax.data import pipeline  # noqa: E402
+from configs import txt2img
+from latent_diffusion_jax import build
+from latent_diffusion_jax.data import pipeline
 
 BATCH, QUALITY = 64, 90
 
