@@ -90,11 +90,9 @@ def run(case: Case) -> dict:
 
 
 def table(rows: dict[str, dict]) -> str:
-    head, line, *body = markdown([rows[name] for name in CASES if name in rows]).splitlines()
-    named = [
-        f"| {rows[name]['config']} {row}"
-        for name, row in zip((name for name in CASES if name in rows), body, strict=True)
-    ]
+    known = [rows[name] for name in CASES if name in rows]
+    head, line, *body = markdown(known).splitlines()
+    named = [f"| {row['config']} {cells}" for row, cells in zip(known, body, strict=True)]
     return "\n".join([f"| config {head}", f"|---{line}", *named])
 
 

@@ -87,8 +87,9 @@ def _changes(
 
     base = config.copy_and_resolve_references()
     flags: list[str] = []
-    fsdp = slices.chips_of_slice
-    if base.mesh.fsdp != fsdp and fsdp > 1:
+    fsdp, mesh = slices.chips_of_slice, base.mesh
+    split = mesh.fsdp == fsdp or (mesh.fsdp == -1 and mesh.data == mesh.tensor == 1)
+    if not split and fsdp > 1:
         base.mesh.data, base.mesh.fsdp, base.mesh.tensor = 1, fsdp, 1
         flags = [f"--config.mesh.data=1 --config.mesh.fsdp={fsdp} --config.mesh.tensor=1"]
         yield base, images, flags[0]

@@ -108,6 +108,15 @@ def test_parameters_are_split_within_slices():
     assert found[0] == "--config.mesh.data=1 --config.mesh.fsdp=4 --config.mesh.tensor=1"
 
 
+def test_what_is_split_already_is_not_proposed():
+    config = txt2img.get_config("smoke")
+    config.mesh.data, config.mesh.fsdp = 1, -1
+    attempt, asked = attempt_with(lambda config, images: 300.0 * images)
+    found = search.changes_that_fit(config, "diffusion", 8, SLICES, attempt)
+    assert found is not None and "mesh" not in found[0]
+    assert asked[0][0].accumulation == 2  # the first that is tried
+
+
 def test_a_smaller_batch_needs_no_micro_batches():
     config = txt2img.get_config("smoke")
     config.accumulation = 2
