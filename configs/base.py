@@ -352,6 +352,7 @@ def smoke_first_stage(config: ConfigDict) -> None:
     first.autoencoder.num_groups = 4
     first.autoencoder.mid_attention = False
     first.discriminator.channels = 8
+    first.discriminator.num_layers = 1
     first.loss.disc_start = 2
     first.batch_size = 8
     first.num_steps = 4
@@ -361,8 +362,9 @@ def smoke_first_stage(config: ConfigDict) -> None:
 def smoke_second_stage(config: ConfigDict) -> None:
     """A few steps of a UNet that learns nothing."""
     config.unet.channels = 8
+    config.unet.channel_multipliers = (1,)
     config.unet.num_res_blocks = 1
-    config.unet.attention_levels = (1,)
+    config.unet.attention_levels = (0,)
     config.unet.head_dim = 8
     config.unet.num_groups = 4
     config.optimizer.warmup_steps = 1

@@ -34,7 +34,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
         if variant == "smoke":
             base.smoke_first_stage(config)
             base.smoke_second_stage(config)
-            unet.channel_multipliers = (1, 2)
+            unet.channel_multipliers, unet.attention_levels = (1, 2), (1,)
         return config
     base.own_images(config)
     config.optimizer.warmup_steps = 0

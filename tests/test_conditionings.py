@@ -122,11 +122,8 @@ def class_workdir(tmp_path_factory, data_dir, trained_workdir):
 
 @pytest.fixture(scope="module")
 def pixel_workdir(tmp_path_factory, data_dir):
-    """In the space of pixels, the labels added to the timesteps, attention to pixels alone."""
-    config = pixel.get_config("smoke")
-    config.class_embedding.width = 0
-    config.unet.attention = "self"
-    return trained(config, tmp_path_factory, data_dir)
+    """In the space of pixels."""
+    return trained(smallest(pixel.get_config("smoke")), tmp_path_factory, data_dir)
 
 
 @pytest.fixture(params=["class_workdir", "pixel_workdir"])

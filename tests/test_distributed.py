@@ -74,8 +74,17 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory, data_dir):
-    """A workdir that two processes have trained, stopped between the stages."""
+    """A workdir that two processes have trained."""
     workdir = tmp_path_factory.mktemp("two") / "run"
+    _, errors = train(workdir, data_dir, 2)
+    assert "2 process(es); mesh: data 4" in errors
+    assert not [line for line in errors.splitlines() if line.startswith("[1]")], errors
+    return workdir
+
+
+@pytest.mark.slow
+def test_a_signal_stops_both_processes_and_they_go_on(of_two, tmp_path, data_dir):
+    workdir = tmp_path / "run"
     flags = (*TINY, f"--workdir={workdir}", f"--config.data.data_dir={data_dir}")
     process = start(*flags, processes=2, devices=2)
     metrics = workdir / "metrics.jsonl"
@@ -87,10 +96,8 @@ def of_two(tmp_path_factory, data_dir):
     assert errors.count("SIGTERM: finishing this step") == 1
     assert "stopped before the stage diffusion" in errors and "Traceback" not in errors
     assert checkpoints.latest_step(workdir / "diffusion") is None
-    _, errors = train(workdir, data_dir, 2)
-    assert "2 process(es); mesh: data 4" in errors
-    assert not [line for line in errors.splitlines() if line.startswith("[1]")], errors
-    return workdir
+    train(workdir, data_dir, 2)
+    assert_same_run(of_two, workdir)
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +156,8 @@ def test_two_processes_train_as_one_does(of_one, of_two):
     assert any(name.startswith("ema/") for name in state_of(of_two, "diffusion"))
 
 
-@pytest.mark.parametrize(
-    ("first", "then"), [("of_two", 1), pytest.param("of_one", 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [("of_two", 1), ("of_one", 2)])
 def test_the_other_number_of_processes_goes_on(request, tmp_path, data_dir, first, then):
     begun = request.getfixturevalue(first)
     workdir = tmp_path / "run"

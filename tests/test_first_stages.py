@@ -78,6 +78,7 @@ def test_a_second_stage_on_a_first_from_elsewhere(diffusers_folder, smoke_config
     assert train(config, tmp_path)  # complete: nothing to do
 
 
+@pytest.mark.slow
 def test_the_scale_is_measured_where_a_file_does_not_say(smoke_config, tmp_path):
     config = smoke_config
     section = config.first_stage.autoencoder

@@ -31,7 +31,6 @@ def test_a_config_that_fits(tmp_path):
         "--programs=sample",
         "--nosearch",
         f"--json={tmp_path / 'rows.json'}",
-        f"--save={tmp_path / 'programs'}",
     )
     assert done.returncode == 0, done.stderr
     assert "sample on v5e:2x2" in done.stdout and "of 15.75 GiB" in done.stdout
@@ -40,8 +39,20 @@ def test_a_config_that_fits(tmp_path):
     assert row["fits"] and row["topology"] == "v5e:2x2" and row["program"] == "sample"
     assert 0 < row["HBM GiB"] < row["of"] == 15.75
     assert 0 < row["MFU"] < 1 and row["images/s"] > 0
-    assert (tmp_path / "programs" / "sample_v5e_2x2").stat().st_size > 1000
-    assert "ENTRY" in (tmp_path / "programs" / "sample_v5e_2x2.txt").read_text()
+
+
+@pytest.mark.slow  # the compiler looks for the best windows of convolutions
+def test_a_program_is_kept(tmp_path):
+    done = run(
+        "--config=configs/txt2img.py:smoke",
+        "--topology=v5e:2x2",
+        "--programs=sample",
+        "--nosearch",
+        f"--save={tmp_path}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "sample_v5e_2x2").stat().st_size > 1000
+    assert "ENTRY" in (tmp_path / "sample_v5e_2x2.txt").read_text()
 
 
 @pytest.mark.slow  # three compilations

@@ -244,11 +244,16 @@ def convolution_flops(
     left, right = labels.split("_")
     right, result = right.split("->")
     window = _window(instruction)
-    places = 1
+    places = outputs = features = 1
     for axis in sorted(label for label in result if label.isdigit()):
         options = {name: values[int(axis)] for name, values in window.items()}
+        size = lhs.dims[left.index(axis)]
+        if size == 1:  # heads, say: more features of the kernel, written as an axis of space
+            features *= out.dims[result.index(axis)]
+        else:
+            outputs *= out.dims[result.index(axis)]
         places *= valid_products(
-            lhs.dims[left.index(axis)],
+            size,
             rhs.dims[right.index(axis)],
             out.dims[result.index(axis)],
             stride=options["stride"],
@@ -261,11 +266,10 @@ def convolution_flops(
     groups = int(instruction.attribute(r"batch_group_count=(\d+)") or 1)
     flops = 2.0 * places * batch * features_in * features_out / groups
     window_size = math.prod(rhs.dims[right.index(label)] for label in right if label.isdigit())
-    outputs = batch * math.prod(out.dims[result.index(x)] for x in result if x.isdigit())
+    outputs, features = batch * outputs, features_out * features
     # The unit holds tiles of [contracted, one side's features] and streams the other side.
     contracted = features_in if features_in >= tile else features_in * window_size
-    wide = max(outputs, features_out)
-    narrow = min(outputs, features_out)
+    wide, narrow = max(outputs, features), min(outputs, features)
     waste = _waste(contracted, tile) * _waste(narrow, tile) * _waste(wide, 8)
     return flops, flops * waste * _passes(instruction, lhs)
 

@@ -11,12 +11,27 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.trees import flatten_names
 
 JSON_ITEMS = ("data", "config", "info", "tokenizer", "labels")
+
+
+def _write_small_arrays_whole(limit: int = 2**20) -> None:
+    """Orbax has all devices with a copy of an array write a part of it each, and cuts the parts out
+    one by one: for thousands of small arrays that takes seconds in which training stands still.
+    """
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=limit)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # it warns that there was another
+    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+    logging.set_verbosity(verbosity)
+
+
+_write_small_arrays_whole()
 
 
 def open_manager(

@@ -49,6 +49,7 @@ def test_miniatures_compile_for_a_v5e(tpu_topology, name, program):
         assert aliased >= programs.bytes_of_device(state)
 
 
+@pytest.mark.slow
 def test_what_is_compiled_to_run_costs_the_same(tpu_topology):
     """The search for windows, which plans do without, changes some code and not the estimate."""
     tpu_topology("v5e:2x2")

@@ -1,6 +1,7 @@
 """The second stage's step: what it trains, averages, drops and leaves alone."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,18 @@ def make_stage(
     )
 
 
+@functools.cache
+def plain_stage():
+    """Shared, as each has programs of its own."""
+    return make_stage()
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """The state before a first step."""
+    return jax.jit(plain_stage().init)(KEY)
+
+
 @pytest.fixture(scope="module")
 def frozen():
     params = LDM.autoencoder.init(KEY, jnp.zeros((1, 8, 8, 3)))["params"]
@@ -77,9 +90,8 @@ def batch():
     }
 
 
-def test_a_step_trains_unet_and_conditioner_and_nothing_else(frozen, batch):
-    stage = make_stage()
-    state = jax.jit(stage.init)(KEY).replace(frozen=frozen)
+def test_a_step_trains_unet_and_conditioner_and_nothing_else(fresh, frozen, batch):
+    stage, state = plain_stage(), fresh.replace(frozen=frozen)
     new = state
     for _ in range(4):  # gradients pass one zero-initialised layer more each time
         new, metrics = jax.jit(stage.train_step)(new, batch, KEY)
@@ -221,9 +233,8 @@ def test_a_state_starts_from_anothers_parameters_in_its_own_dtypes():
     assert jax.tree.structure(new) == jax.tree.structure(state)
 
 
-def test_the_average_follows_the_decay(frozen, batch):
-    stage = make_stage()
-    state = jax.jit(stage.init)(KEY).replace(frozen=frozen)
+def test_the_average_follows_the_decay(fresh, frozen, batch):
+    stage, state = plain_stage(), fresh.replace(frozen=frozen)
     new, _ = jax.jit(stage.train_step)(state, batch, KEY)
     jax.tree.map(  # decay (1 + 0) / (10 + 0) at the first update
         lambda ema, old, new: np.testing.assert_allclose(ema, 0.1 * old + 0.9 * new, atol=1e-6),
@@ -233,21 +244,19 @@ def test_the_average_follows_the_decay(frozen, batch):
     )
 
 
-@pytest.mark.parametrize(("rate", "depends"), [(0.0, True), (1.0, False)])
-def test_dropped_captions_do_not_matter(frozen, batch, rate, depends):
-    stage = make_stage(condition_dropout=rate)
-    state = jax.jit(stage.init)(KEY).replace(frozen=frozen)
-    params = jax.tree.map(lambda x: x + 0.1, state.params)  # away from zero-initialised layers
-    state = state.replace(params=params)
+@pytest.mark.parametrize(("rate", "depends"), [(0.1, True), (1.0, False)])
+def test_dropped_captions_do_not_matter(fresh, frozen, batch, rate, depends):
+    stage = make_stage(condition_dropout=rate) if rate == 1.0 else plain_stage()
+    params = jax.tree.map(lambda x: x + 0.1, fresh.params)  # away from zero-initialised layers
+    state = fresh.replace(params=params, frozen=frozen)
     step = jax.jit(stage.train_step)
     other = batch | {"tokens": (batch["tokens"] + 7) % 20}
     losses = [float(step(state, b, KEY)[1]["loss"]) for b in (batch, other)]
     assert (losses[0] != losses[1]) == depends
 
 
-def test_noise_depends_on_seed_and_step(frozen, batch):
-    stage = make_stage()
-    state = jax.jit(stage.init)(KEY).replace(frozen=frozen)
+def test_noise_depends_on_seed_and_step(fresh, frozen, batch):
+    stage, state = plain_stage(), fresh.replace(frozen=frozen)
     step = jax.jit(stage.train_step)
     loss = float(step(state, batch, KEY)[1]["loss"])
     assert loss == float(step(state, batch, KEY)[1]["loss"])
@@ -255,9 +264,8 @@ def test_noise_depends_on_seed_and_step(frozen, batch):
     assert loss != float(step(state.replace(step=state.step + 1), batch, KEY)[1]["loss"])
 
 
-def test_preview_draws_its_prompts(frozen, batch):
-    stage = make_stage()
-    state = jax.jit(stage.init)(KEY).replace(frozen=frozen)
+def test_preview_draws_its_prompts(fresh, frozen, batch):
+    stage, state = plain_stage(), fresh.replace(frozen=frozen)
     images = jax.jit(stage.preview)(state, batch, KEY)
     assert images.shape == (2, 8, 8, 3)
     assert float(jnp.abs(images).max()) <= 1.0
@@ -283,10 +291,9 @@ def away_from_zero(state):
     return state.replace(params=jax.tree.map(fill, state.params))
 
 
-def test_encoded_images_are_trained_on_alike(frozen, batch, encoded):
-    stage = make_stage()
+def test_encoded_images_are_trained_on_alike(fresh, frozen, batch, encoded):
+    stage, state = plain_stage(), away_from_zero(fresh)
     moments, rest = encoded
-    state = away_from_zero(jax.jit(stage.init)(KEY))
     train_step, eval_step = jax.jit(stage.train_step), jax.jit(stage.eval_step)
     ours, theirs = state.replace(frozen=rest), state.replace(frozen=frozen)
     for _ in range(2):
@@ -302,10 +309,9 @@ def test_encoded_images_are_trained_on_alike(frozen, batch, encoded):
     assert pictures.shape == (2, 8, 8, 3)
 
 
-def test_the_posterior_of_encoded_images_is_sampled(frozen, encoded):
+def test_the_posterior_of_encoded_images_is_sampled(fresh, encoded):
     moments, rest = encoded
-    stage = make_stage()
-    state = away_from_zero(jax.jit(stage.init)(KEY)).replace(frozen=rest)
+    stage, state = plain_stage(), away_from_zero(fresh).replace(frozen=rest)
     mean, logvar = np.split(moments["moments"], 2, axis=-1)
     wide = moments | {"moments": np.concatenate([mean, logvar + 3], axis=-1)}
     step = jax.jit(stage.train_step)
