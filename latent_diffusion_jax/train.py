@@ -112,7 +112,8 @@ def train(
                 config, parts.network(config), parts.host_half(config)
             )
         root = jax.random.key(0)
-        shapes = {name: jax.eval_shape(stage.init, root) for name, stage in stages.items()}
+        with jax.set_mesh(mesh):
+            shapes = {name: jax.eval_shape(stage.init, root) for name, stage in stages.items()}
     if model is not None:
         trained = shapes["diffusion"].params
         given = starting_points.trained_params(trained, model, config.init_from)

@@ -77,7 +77,7 @@ def test_bad_arguments_are_refused(pipe, tmp_path):
         ({"seed": -1}, r"seeds must be in 0\.\."),
         ({"seed": [1, 2]}, "2 seeds for 1 images"),
         ({"num_images": 0}, "num_images must be at least 1, got 0"),
-        ({"height": 30}, "height and width must be multiples of 8 for this model, got 30 and 32"),
+        ({"height": 30}, "height and width must be multiples of 4 for this model, got 30 and 32"),
         ({"guidance_rescale": 1.5}, r"guidance_rescale must be in \[0, 1\], got 1.5"),
         ({"guidance_interval": (0.9, 0.1)}, r"guidance_interval's start must be in \[0, 0.1\]"),
         ({"sigmas": "log"}, "unknown sigmas 'log'; known: schedule, karras"),

@@ -8,7 +8,11 @@ import jax.numpy as jnp
 
 from latent_diffusion_jax.models import attention_kernels
 from latent_diffusion_jax.models.layers import stored
-from latent_diffusion_jax.runtime.context_mesh import rows_of_device, split_over_mesh
+from latent_diffusion_jax.runtime.context_mesh import (
+    platform,
+    rows_of_device,
+    split_over_mesh,
+)
 
 # Numbers of scores; where there are more, they are computed in parts.
 CPU_SCORES = 2**20
@@ -54,8 +58,14 @@ def dot_product_attention(
     if attention_kernels.fits_cudnn(q.dtype, head_dim):
         cudnn = functools.partial(attention_kernels.cudnn_attention, causal=causal)
         forms["cuda"] = split_over_mesh(cudnn, batch, heads)
+    known = platform()
+    if known is not None:
+        forms = {name: form for name, form in forms.items() if name == known}
     if not forms:
         return default(q, k, v)
+    if known == "cpu":
+        return forms["cpu"](q, k, v)
+    # Of kernels the default is traced too: by it the model's operations are counted.
     return jax.lax.platform_dependent(q, k, v, default=default, **forms)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion_jax.runtime.context_mesh import by_platform
+
 STEP_PIXELS = 1024  # whose sums in float32 stay in a processor's caches
 _MATRICES = (((1,), (0,)), ((), ()))
 
@@ -28,7 +30,7 @@ def dot_general(
 
     if x.dtype != jnp.bfloat16 or x.ndim != 2 or dimension_numbers != _MATRICES:
         return plain(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=on_cpus, default=plain)
+    return by_platform(x, kernel, cpu=on_cpus, default=plain)
 
 
 def conv_general_dilated(
@@ -50,7 +52,7 @@ def conv_general_dilated(
 
     if x.dtype != jnp.bfloat16 or tuple(window_strides) != (1, 1):
         return plain(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=on_cpus, default=plain)
+    return by_platform(x, kernel, cpu=on_cpus, default=plain)
 
 
 @jax.custom_vjp

@@ -325,8 +325,8 @@ def kernel_flops(
     q, k = [array for array in arrays if len(array.dims) == 3 and array.dtype in ("bf16", "f32")][
         :2
     ]
-    head_dim = q.dims[-1]
-    keys = math.prod(k.dims) // k.dims[0] // head_dim  # stored [.., keys, d] or [.., d, keys]
+    head_dim = min(q.dims[1:])  # stored [.., N, d] or [.., d, N], and N is not less than d
+    keys = math.prod(k.dims) // k.dims[0] // head_dim
     flops = 2.0 * products * math.prod(q.dims) * keys
     return flops, flops * _waste(head_dim, tile)
 

@@ -69,11 +69,13 @@ def make(config: ConfigDict, name: str, mesh: Mesh, batch_size: int, num_labels:
     if name == SAMPLE:
         return _sampler(config, mesh, batch_size, num_labels)
     stage, batch, frozen, unused = _STAGES[name](config, batch_size, num_labels)
-    state = jax.eval_shape(stage.init, jax.random.key(0)).replace(frozen=frozen)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(stage.init, key).replace(frozen=frozen)
     shardings = sharding.state_sharding(state, mesh)
     state = _placed(state, shardings)
     batch = _placed(batch, sharding.batch_sharding(mesh))
-    key = _placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh))
+    key = _placed(key, sharding.replicated(mesh))
     frozen_bytes = bytes_of_device(state.frozen) + bytes_of_device(
         _placed(unused, sharding.state_sharding(unused, mesh))
     )
@@ -90,9 +92,8 @@ def make(config: ConfigDict, name: str, mesh: Mesh, batch_size: int, num_labels:
 
 def _sampler(config: ConfigDict, mesh: Mesh, batch_size: int, num_labels: int) -> Program:
     ldm, conditioning = _second_stage(config, num_labels)
-    key = jax.random.key(0)
 
-    def init() -> Any:
+    def init(key: jax.Array) -> Any:
         null = {name: jnp.asarray(value)[None] for name, value in conditioning.null.items()}
         params = dict(ldm.init_trained(key, null))
         if ldm.conditioner is not None and "conditioner" not in params:
@@ -101,7 +102,9 @@ def _sampler(config: ConfigDict, mesh: Mesh, batch_size: int, num_labels: int) -
 
     same, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     dtype = build.DTYPES[config.unet.dtype]
-    params = jax.eval_shape(init)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.set_mesh(mesh):
+        params = jax.eval_shape(init, key)
     if ldm.autoencoder is not None:
         params["autoencoder"] = param_shapes(ldm.autoencoder)
         params["scale_factor"] = jax.ShapeDtypeStruct((), jnp.float32)

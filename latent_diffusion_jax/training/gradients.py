@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion_jax.runtime.context_mesh import by_platform
+
 
 def accumulate(
     function: Callable[[Any], tuple[Any, Any]], batch: Any, count: int
@@ -63,7 +65,7 @@ def accumulate(
 
         return jax.lax.scan(body, start, parts)[0]
 
-    return jax.lax.platform_dependent(cpu=unrolled, default=looped)
+    return by_platform(cpu=unrolled, default=looped)
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -84,4 +86,4 @@ def run_if(condition: jax.Array, function: Callable[[Any], Any], otherwise: Any,
     def branch() -> Any:
         return jax.lax.cond(condition, lambda: function(args), lambda: otherwise)
 
-    return jax.lax.platform_dependent(cpu=select, default=branch)
+    return by_platform(cpu=select, default=branch)

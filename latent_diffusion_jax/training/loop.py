@@ -97,7 +97,8 @@ def train_stage(
     init_key, train_key, eval_key, preview_key = jax.random.split(jax.random.key(run.seed), 4)
 
     # The state as shapes, then where each leaf lies, then the arrays.
-    shapes = jax.eval_shape(stage.init, init_key)
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(stage.init, init_key)
     shardings = sharding.state_sharding(shapes, mesh)
     loader = pipeline.train_loader(
         run.train_source,
@@ -120,8 +121,9 @@ def train_stage(
             loader.set_state(checkpoints.read_json(run.workdir / name, start_step, "data"))
             logging.info("%s: goes on from step %d", name, start_step)
         else:
-            # In a function of its own, as the compiled program lives as long as that.
-            init = jax.jit(lambda key: stage.init(key), out_shardings=shardings)
+            # In a function of its own, as the compiled program lives as long as that; the one inside
+            # was traced for the shapes.
+            init = jax.jit(lambda key: jax.jit(stage.init)(key), out_shardings=shardings)
             state = at_start(init(init_key))
             del init
         state = state.replace(frozen=frozen)
