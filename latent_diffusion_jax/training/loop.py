@@ -121,8 +121,8 @@ def train_stage(
             loader.set_state(checkpoints.read_json(run.workdir / name, start_step, "data"))
             logging.info("%s: goes on from step %d", name, start_step)
         else:
-            # In a function of its own, as the compiled program lives as long as that; the one inside
-            # was traced for the shapes.
+            # In a function of its own, as the compiled program lives as long as that; what it calls
+            # was traced for the shapes already.
             init = jax.jit(lambda key: jax.jit(stage.init)(key), out_shardings=shardings)
             state = at_start(init(init_key))
             del init
