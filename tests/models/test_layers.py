@@ -130,9 +130,13 @@ def test_group_norm_uses_the_statistics_that_it_is_given(random_params):
     jax.tree.map(np.testing.assert_array_equal, of_y, own)  # what is recorded are y's own
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])  # as whose it is traced
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3, 4)])
 @pytest.mark.parametrize("use_bias", [True, False])
-def test_dense_is_one_matrix_on_the_last_axis(random_params, leading, use_bias):
+def test_dense_is_one_matrix_on_the_last_axis(
+    random_params, monkeypatch, platform, leading, use_bias
+):
+    monkeypatch.setattr(layers.context_mesh, "platform", lambda: platform)
     x = normal(2, *leading, 5)
     dense = Dense(7, use_bias=use_bias)
     params = random_params(dense, x)
@@ -141,6 +145,9 @@ def test_dense_is_one_matrix_on_the_last_axis(random_params, leading, use_bias):
     y = dense.apply({"params": params}, x)
     assert y.shape == (*leading, 7)
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
+    gradient = jax.grad(lambda params: dense.apply({"params": params}, x).sum())(params)
+    of_kernel = np.repeat(x.reshape(-1, 5).astype(np.float64).sum(0)[:, None], 7, axis=1)
+    np.testing.assert_allclose(gradient["dense"]["kernel"], of_kernel, rtol=0, atol=1e-4)
 
 
 def test_zero_initialised_layers_start_at_zero_and_others_do_not():
