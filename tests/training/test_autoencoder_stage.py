@@ -9,11 +9,13 @@ import numpy as np
 import optax
 import pytest
 
+from latent_diffusion_jax.runtime import sharding
 from latent_diffusion_jax.runtime.images import to_float
 from latent_diffusion_jax.runtime.trees import flatten_names
 from latent_diffusion_jax.training import autoencoder_stage
 from latent_diffusion_jax.training.codebook import CodebookAverage
 from latent_diffusion_jax.training.optimizer import make_optimizer
+from latent_diffusion_jax.training.state import jit_train_step
 from tests.first_stages import (
     ACTIVATION,
     DISCRIMINATOR,
@@ -111,7 +113,7 @@ def test_without_adversarial_weight_there_is_no_discriminator():
     assert set(metrics) == expected | {"codebook_usage", "perplexity"}
 
 
-def run_accumulated(network, accumulation, **changes):
+def run_accumulated(network, accumulation, sizes=None, **changes):
     """A step of everything that does not depend on the statistics of a micro-batch."""
     average = CodebookAverage(0.5, 0.0) if network is VQ else None
     stage = make_stage(
@@ -124,8 +126,17 @@ def run_accumulated(network, accumulation, **changes):
         **changes,
     )
     state = random_state(stage, network, ACTIVATION).replace(frozen=jnp.float32(2.0))
-    new, metrics = jax.jit(stage.train_step)(state, draw_batch(4), KEY)
-    return new, metrics, state
+    batch = draw_batch(8)
+    if sizes is None:
+        return *jax.jit(stage.train_step)(state, batch, KEY), state
+    mesh = sharding.make_mesh(sizes)
+    shardings = sharding.state_sharding(state, mesh)
+    assert any("fsdp" in str(x.spec) for x in jax.tree.leaves(shardings.params))
+    placed = jax.device_put(state, shardings)
+    step = jit_train_step(stage, shardings, mesh)
+    with jax.set_mesh(mesh):
+        new, metrics = step(placed, sharding.put_batch(batch, mesh, 8), KEY)
+    return *jax.device_get((new, metrics)), state
 
 
 def check_same_step(ours, expected) -> None:
@@ -136,11 +147,13 @@ def check_same_step(ours, expected) -> None:
     assert jax.tree.structure(ours[0]) == jax.tree.structure(new)
     for name in new.opt:
         largest = max(np.abs(g).max() for g in jax.tree.leaves(new.opt[name]))
-        jax.tree.map(
-            lambda a, b, largest=largest: np.testing.assert_allclose(a, b, 1e-4, 1e-5 * largest),
-            ours[0].opt[name],
-            new.opt[name],
-        )
+
+        def check(a, b, largest=largest):
+            # Some gradients are zero but for rounding: of biases that a norm takes away again.
+            scale = max(np.abs(b).max(), 0.01 * largest)
+            assert np.abs(a - b).max() <= 1e-5 * scale
+
+        jax.tree.map(check, ours[0].opt[name], new.opt[name])
         assert not same(new.params[name], state.params[name])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6),
@@ -165,6 +178,20 @@ def test_micro_batches_make_the_step_of_the_whole_batch(kind, monkeypatch):
             jax.lax, "platform_dependent", lambda *args, default, **others: default(*args)
         )
         check_same_step(run_accumulated(network, 2, **changes), whole)
+
+
+@pytest.mark.parametrize(
+    ("kind", "accumulation", "sizes"),
+    [
+        ("kl", 1, {"data": 1, "fsdp": 8, "tensor": 1}),
+        ("vq", 2, {"data": 2, "fsdp": 2, "tensor": 2}),
+    ],
+)
+def test_devices_make_the_step_of_one(kind, accumulation, sizes, monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_FSDP_SIZE", 128)  # so that these small ones are split
+    network, changes = OPTIONS[kind]
+    found = run_accumulated(network, accumulation, sizes, **changes)
+    check_same_step(found, run_accumulated(network, 1, **changes))
 
 
 def test_a_codebook_of_moving_averages_is_not_the_optimizers():

@@ -1,4 +1,7 @@
-"""The same step on one device and on eight, split in every way: same losses, same parameters."""
+"""Several steps on one device and on eight: same losses, same parameters.
+
+That one step is the same to 1e-5 is in test_diffusion_stage.py and test_autoencoder_stage.py.
+"""
 
 import dataclasses
 
@@ -16,6 +19,8 @@ from latent_diffusion_jax.runtime import sharding
 from latent_diffusion_jax.training import autoencoder_stage
 from latent_diffusion_jax.training.codebook import CodebookAverage
 from tests.first_stages import LOSSES, TINY
+
+pytestmark = pytest.mark.slow
 
 MESHES = [
     {"data": 8, "fsdp": 1, "tensor": 1},
