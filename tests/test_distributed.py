@@ -34,7 +34,7 @@ TINY = (
     "--config.first_stage.autoencoder.channel_multipliers=(1,2)",
     f"--config.first_stage.optimizer.learning_rate={LEARNING_RATE}",
     "--config.first_stage.optimizer.warmup_steps=1",
-    f"--config.first_stage.discriminator_optimizer.learning_rate={LEARNING_RATE}",
+    "--config.first_stage.loss.disc_weight=0.0",
     # Split over both processes are the words' embeddings; the rest is too small.
     "--config.mesh.data=1",
     "--config.mesh.fsdp=4",
