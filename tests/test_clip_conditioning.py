@@ -31,13 +31,16 @@ def clip_config(clip_folder, data_dir):
 
 
 @pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_clip_stays_as_it_is_and_the_workdir_holds_it(clip_folder, data_dir, tmp_path, stopped):
+def test_clip_stays_as_it_is_and_the_workdir_holds_it(
+    clip_folder, data_dir, trained_workdir, tmp_path, stopped
+):
     folder = tmp_path / "copy"
     shutil.copytree(clip_folder, folder)
     config, workdir = clip_config(folder, data_dir), tmp_path / "run"
+    config.first_stage.init_from, config.stages = str(trained_workdir), ("diffusion",)
     steps = iter(range(100))
     assert stopped != train(  # in the second stage
-        config, workdir, should_stop=lambda: stopped and next(steps) > 6
+        config, workdir, should_stop=lambda: stopped and next(steps) > 2
     )
     shutil.rmtree(folder)  # what was begun does without it
     assert train(config, workdir)

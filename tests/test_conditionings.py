@@ -188,6 +188,7 @@ def test_pixels_have_no_first_stage(pixel_workdir):
     assert pipe.model.settings.clip == 1.0
 
 
+@pytest.mark.slow
 def test_learned_variance_in_pixels(tmp_path, data_dir):
     config = smallest(pixel.get_config("smoke"))
     config.data.data_dir = data_dir

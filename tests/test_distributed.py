@@ -202,6 +202,7 @@ def assert_same_figures(found, expected):
             np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one_does(of_two, tmp_path):
     found = measured(tmp_path, f"--workdir={of_two}", "--num_samples=10", "--max_real=50")
     sampling = dict.fromkeys(("steps", "guidance_scale", "sampler"))

@@ -286,6 +286,7 @@ assert encode_dataset(config, first_stage, str(origin), sys.argv[4], dtype="floa
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(latents_dir, trained_workdir, data_dir, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -346,6 +347,7 @@ def figures(workdir):
     }  # fmt: skip
 
 
+@pytest.mark.slow  # a step is, in test_diffusion_stage.py
 def test_training_from_latents_is_training_from_images(trained_workdir, latent_config, tmp_path):
     workdir = copy_first_stage(trained_workdir, tmp_path / "run")
     latent_config.stages = ("first_stage", "diffusion")  # as in the config that made the workdir

@@ -214,6 +214,7 @@ def first_stage_workdir(trained_workdir, tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_command_measures_a_workdir_that_has_a_first_stage_alone(first_stage_workdir):
     done = run(f"--workdir={first_stage_workdir}", "--max_real=40", "--batch_size=16")
     assert done.returncode == 0, done.stderr

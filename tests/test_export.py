@@ -89,4 +89,4 @@ def test_the_command_exports_a_workdir(trained_workdir, tmp_path):
          f"--out={tmp_path}/out", "--height=30"],
         capture_output=True, text=True,
     )  # fmt: skip
-    assert bad.returncode == 2 and "multiples of 8" in bad.stderr
+    assert bad.returncode == 2 and "multiples of 4" in bad.stderr

@@ -167,6 +167,7 @@ def test_command_refuses_bad_flags_in_one_line(trained_workdir, flags, message):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_command_warns_of_what_a_prompt_loses(trained_workdir, tmp_path):
     done = sample(trained_workdir, f"--prompt={'a handwritten seven ' * 9}日", "--num_images=1",
                   "--max_chunks=1", f"--out={tmp_path}/a.png")  # fmt: skip

@@ -6,6 +6,7 @@ TPU kernels are interpreted on CPUs; programs are lowered for GPUs, and compiled
 import contextlib
 import functools
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -188,8 +189,10 @@ def test_nvidia_gpus_run_cudnn_where_it_can(with_cudnn, head_dim, dtype, expecte
         assert "cudnn" not in lowered(function, "tpu", x, x, x)
 
 
-def test_cudnn_sits_in_the_mesh_too(with_cudnn):
+def test_cudnn_sits_in_the_mesh_too(with_cudnn, monkeypatch):
     mesh = make_mesh(jax.devices(), data=4, tensor=2)
+    module = sys.modules[dot_product_attention.__module__]
+    monkeypatch.setattr(module, "platform", lambda: "cuda")  # of these CPUs
     x = shape(8, 1024, 8, 64)
     with jax.set_mesh(mesh):
         text = lowered(gradients(dot_product_attention), "cuda", x, x, x)
