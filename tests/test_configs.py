@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from latent_diffusion_jax import build, config_checks
 from latent_diffusion_jax.conditioning import tokenizers
 from latent_diffusion_jax.conditions import Parts
-from latent_diffusion_jax.runtime import trees
+from latent_diffusion_jax.runtime import sharding, trees
 from latent_diffusion_jax.runtime.commands import flatten
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.weights.text_encoders import Loaded
@@ -73,6 +73,12 @@ def checked(config: ConfigDict) -> ConfigDict:
 
 def shapes_of(config: ConfigDict) -> dict:
     """Shapes of the parameters of the config's stages."""
+    one = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    with jax.set_mesh(one):  # or all platforms' forms are traced
+        return _shapes_of(config)
+
+
+def _shapes_of(config: ConfigDict) -> dict:
     params = {}
     if "first_stage" in config:
         params = jax.eval_shape(build.first_stage(config).init, jax.random.key(0)).params

@@ -98,6 +98,7 @@ def test_the_scale_is_measured_where_a_file_does_not_say(smoke_config, tmp_path)
     np.testing.assert_allclose(found.scale_factor * np.asarray(z).std(), 1.0, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_vq_first_stage_under_a_second(data_dir, tmp_path):
     config = txt2img.get_config("smoke")
     config.data.data_dir = data_dir

@@ -16,7 +16,7 @@ LANES = 128  # of a TPU's vectors
 TPU_MIN_TOKENS = 512  # where there are fewer queries or keys, XLA's own attention does as well
 TPU_MAX_HEAD_DIM = 512
 # Bytes of a token of one head, in whole lanes, up to which a block has so many queries and keys.
-TPU_BLOCKS = ((256, 1024, 2048), (512, 1024, 1024), (1024, 512, 512), (2048, 256, 512))
+TPU_BLOCKS = ((256, 1024, 2048), (512, 1024, 1024), (1024, 512, 512), (2048, 256, 256))
 
 Layout = splash_attention.QKVLayout
 _allowed = contextvars.ContextVar("allowed", default=True)
@@ -126,8 +126,8 @@ def tpu_blocks(
     )
     compute = 512 if block_kv % 512 == 0 else 256
     # One kernel for all gradients, that of the queries in a part for each block of keys, is faster
-    # than two kernels and takes more memory.
-    fused = number_kv * jnp.dtype(dtype).itemsize <= 8
+    # than two kernels and takes more memory, on the chip too.
+    fused = number_kv * jnp.dtype(dtype).itemsize <= 8 and width <= 1024
     # Keys and values that do not fill the lanes are stored transposed, or they would be padded.
     layout = Layout.HEAD_DIM_MINOR if head_dim % LANES == 0 else Layout.SEQ_MINOR
     sizes = splash_attention.BlockSizes(

@@ -241,6 +241,16 @@ def test_tpu_programs_never_hold_the_scores(tpu_topology, sizes):
     assert found < max(scores / 8, 16 * MIB), f"{found / MIB:.1f} MiB"
 
 
+@pytest.mark.parametrize("tokens", [1024, 4096])
+def test_the_widest_heads_fit_the_vector_memory(tpu_topology, tokens):
+    """In float32, as an autoencoder's one head of all channels."""
+    mesh = make_mesh(tpu_topology("v4:2x2x1")[:1])
+    x = shape(2, tokens, 1, 512, dtype=jnp.float32, sharding=NamedSharding(mesh, BATCH))
+    with jax.default_matmul_precision("high"):
+        program = compiled(gradients(dot_product_attention), mesh, x, x, x)
+    assert "tpu_custom_call" in program.as_text()
+
+
 def in_scan(q, k, v):
     """Two layers, of which the backward pass keeps only the inputs."""
     layer = jax.checkpoint(lambda x, _: (dot_product_attention(x, k, v), None))

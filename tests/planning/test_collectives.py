@@ -49,7 +49,9 @@ def collectives(program, **sizes):
     return found, {leaf.shape for leaf in jax.tree.leaves((state.params, state.frozen))}
 
 
-@pytest.mark.parametrize("program", ["first_stage", "diffusion"])
+@pytest.mark.parametrize(
+    "program", [pytest.param("first_stage", marks=pytest.mark.slow), "diffusion"]
+)
 def test_whole_parameters_on_each_device_take_sums_of_gradients_alone(program):
     found, _ = collectives(program, data=8)
     assert found["all-reduce"]

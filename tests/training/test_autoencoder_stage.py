@@ -168,7 +168,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("kind", sorted(OPTIONS))
+@pytest.mark.parametrize("kind", [pytest.param("kl", marks=pytest.mark.slow), "vq"])
 def test_micro_batches_make_the_step_of_the_whole_batch(kind, monkeypatch):
     network, changes = OPTIONS[kind]
     whole = run_accumulated(network, 1, **changes)

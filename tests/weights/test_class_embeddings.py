@@ -38,7 +38,7 @@ def test_a_damaged_embedding():
         class_embeddings.from_compvis({class_embeddings.NAME: np.zeros(3)}, "file")
 
 
-@pytest.fixture(scope="module", params=[1000, 1001])
+@pytest.fixture(scope="module", params=[1000, pytest.param(1001, marks=pytest.mark.slow)])
 def single_file(request, tmp_path_factory):
     """LDM-4 of ImageNet in miniature: 1,000 classes, and one more in its second version."""
     autoencoder = AutoencoderVQ(channels=32, channel_multipliers=(1, 1), num_res_blocks=1,
