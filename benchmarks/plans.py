@@ -108,10 +108,13 @@ def main() -> None:
     for name in names:
         rows[name] = run(CASES[name])
         path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", "utf-8")
+        options.out.with_suffix(".md").write_text(report(machine, rows), "utf-8")
+    print(report(machine, rows))
+
+
+def report(machine: dict, rows: dict[str, dict]) -> str:
     described = ", ".join(f"{key} {value}" for key, value in machine.items())
-    text = f"# Plans of the shipped configs\n\nCompiled on {described}.\n\n{table(rows)}\n\n"
-    options.out.with_suffix(".md").write_text(text + NOTE, "utf-8")
-    print(text + NOTE)
+    return f"# Plans of the shipped configs\n\nCompiled on {described}.\n\n{table(rows)}\n\n{NOTE}"
 
 
 NOTE = """\

@@ -17,7 +17,7 @@ BATCH_AXES, HEADS_AXES = AXES[:2], AXES[2:]
 
 
 def platform() -> str | None:
-    """ "cpu", "tpu" or "cuda", of the mesh in context; None without one."""
+    """Of the mesh in context: "cpu", "tpu" or "cuda"; None without one."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         return None
