@@ -241,7 +241,7 @@ def test_tpu_programs_never_hold_the_scores(tpu_topology, sizes):
     assert found < max(scores / 8, 16 * MIB), f"{found / MIB:.1f} MiB"
 
 
-@pytest.mark.parametrize("tokens", [1024, 4096])
+@pytest.mark.parametrize("tokens", [1024, pytest.param(4096, marks=pytest.mark.slow)])
 def test_the_widest_heads_fit_the_vector_memory(tpu_topology, tokens):
     """In float32, as an autoencoder's one head of all channels."""
     mesh = make_mesh(tpu_topology("v4:2x2x1")[:1])

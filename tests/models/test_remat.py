@@ -65,6 +65,7 @@ def test_no_policy_changes_a_unet():
     check_equal(with_every_policy(lambda policy: UNet(**fields, remat=policy), *arguments))
 
 
+@pytest.mark.slow  # gradients with one policy are in test_autoencoder_networks.py
 def test_no_policy_changes_an_autoencoder():
     images = normal(2, 1, 8, 8, 3)
     check_equal(with_every_policy(lambda policy: AutoencoderKL(**FIELDS, remat=policy), images))
