@@ -65,6 +65,7 @@ def test_only_the_decoder_is_finetuned(trained_workdir, diffusers_folder, smoke_
     assert "decoder" in different_parts(last, after.params)
 
 
+@pytest.mark.slow  # one from a workdir is in test_clip_conditioning.py
 def test_a_second_stage_on_a_first_from_elsewhere(diffusers_folder, smoke_config, tmp_path):
     config = smoke_config
     config.stages = ("diffusion",)
