@@ -54,7 +54,7 @@ class Case:
 LATENTS = "data.latents=encoded"
 CASES = {
     # 16 chips of 16 GiB: the parameters are split over all of them. With fewer than 8 images a chip
-    # the compiler cuts images into strips that overlap, and computes a tenth more.
+    # the compiler cuts images into strips that overlap, and computes an eighth more.
     "sd15_train": Case("stable_diffusion.py", "diffusion", "v5e:4x4", ("batch_size=128", LATENTS)),
     "sd15_sample": Case("stable_diffusion.py", "sample", "v5e:1x1"),
     # As many images a chip on 16 times as many: whether speed goes along.

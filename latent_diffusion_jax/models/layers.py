@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from latent_diffusion_jax.models.half_precision import conv_general_dilated, dot_general
 from latent_diffusion_jax.runtime import context_mesh
-from latent_diffusion_jax.runtime.context_mesh import by_platform
 
 NORM_STATISTICS = "norm_statistics"  # a collection of variables
 
@@ -20,7 +19,7 @@ def stored(x: jax.Array) -> jax.Array:
     many layers, and computes it anew in each operation that reads a part of it. Elsewhere XLA knows
     better, and nothing is asked of it.
     """
-    return by_platform(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+    return context_mesh.by_platform(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 class GroupNorm(nn.Module):
@@ -153,7 +152,7 @@ class UpsampleConv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         kernels = [[_folded(kernel, row, column) for column in (0, 1)] for row in (0, 1)]
         kernels = jax.tree.map(lambda k: k.astype(self.dtype), kernels)
-        y = by_platform(
+        y = context_mesh.by_platform(
             x.astype(self.dtype), kernels, cpu=_four_convolutions, default=_one_convolution
         )  # [B, H, 2, W, 2, features]
         return y.reshape(b, 2 * h, 2 * w, self.features) + bias.astype(self.dtype)

@@ -52,7 +52,7 @@ def test_a_projection_into_narrow_heads_wastes_no_tiles():
   %w = bf16[5,64,320,1]{2,1,0,3} parameter(1)
   ROOT %y = bf16[32,4096,5,64]{1,3,2,0} convolution(%x, %w), window={size=1x5 pad=0_0x4_4 \
 rhs_reversal=0x1}, dim_labels=0bf1_1oi0->0b1f
-}""".replace("\\\n", "")
+}"""
     module = hlo.parse(text)
     entry = module.computations[module.entry]
     flops, filled = costs.convolution_flops(entry["y"], entry, 128)
