@@ -13,6 +13,7 @@ end with 0, else that of the first one to fail.
 import argparse
 import os
 import pathlib
+import random
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 COMMANDS = ("train", "encode", "evaluate")
 GRACE_SECONDS = 20.0  # for the others to end after one has; then SIGTERM, then SIGKILL
 KILL_SECONDS = 10.0
+PORTS = range(20000, 32768)
 NOISE = ("[Gloo]", "connected peer ranks")  # in lines of libraries that say nothing
 
 
@@ -62,9 +64,18 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    """A port that nobody listens at, below those that systems hand out to outgoing connections.
+
+    It is taken only seconds later, when the first process has started.
+    """
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as server:
+            try:
+                server.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise SystemExit(f"error: no port of {PORTS.start} to {PORTS.stop - 1} is free")
 
 
 def start(options: argparse.Namespace, arguments: list[str]) -> list[subprocess.Popen[str]]:

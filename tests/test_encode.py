@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -268,46 +267,6 @@ def test_flags_that_do_not_say_enough_are_refused(smoke_config, trained_workdir,
     (unfinished / "first_stage" / "4").rename(unfinished / "first_stage" / "3")
     with pytest.raises(UserError, match="no complete first stage"):
         open_inputs(None, str(unfinished))
-
-
-PROCESS = """
-import sys
-
-import jax
-
-jax.config.update("jax_num_cpu_devices", 2)
-jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
-from latent_diffusion_jax.encode import encode_dataset, open_inputs
-
-config, first_stage, origin = open_inputs(None, sys.argv[3])
-config.data.data_dir = sys.argv[5]
-assert encode_dataset(config, first_stage, str(origin), sys.argv[4], dtype="float32",
-                      shard_size=500, batch_size=64)
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_work(latents_dir, trained_workdir, data_dir, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    out = tmp_path / "out"
-    arguments = [str(trained_workdir), str(out), data_dir]
-    started = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, address, str(i), *arguments], cwd=ROOT,
-                         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                         env=os.environ | {"PYTHONPATH": str(ROOT)})
-        for i in range(2)
-    ]  # fmt: skip
-    for process in started:
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors
-    assert {path.name for path in out.iterdir()} == {path.name for path in latents_dir.iterdir()}
-    ours, theirs = LatentSource(out, "train"), LatentSource(latents_dir, "train")
-    assert ours.index["splits"] == theirs.index["splits"] and len(ours) == 1500
-    for i in range(0, 1500, 99):
-        np.testing.assert_allclose(ours[i]["moments"], theirs[i]["moments"], atol=1e-5)
-        assert ours[i]["name"] == theirs[i]["name"]
 
 
 def test_the_command(trained_workdir, latents_dir, tmp_path):

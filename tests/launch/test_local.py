@@ -1,23 +1,19 @@
 """The launcher of several processes on one machine, with small programs in the commands' place."""
 
-import importlib.util
 import os
-import pathlib
 import signal
 import threading
 import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.launcher import load
 
 
 @pytest.fixture
 def launcher(monkeypatch):
     """launch/local.py as a module that is quick to lose its patience."""
-    spec = importlib.util.spec_from_file_location("local", ROOT / "launch" / "local.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load()
     monkeypatch.setattr(module, "GRACE_SECONDS", 0.5)
     monkeypatch.setattr(module, "KILL_SECONDS", 0.5)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
