@@ -54,7 +54,7 @@ if [ -n "$dry_run" ]; then
 fi
 
 look_up queue || fail "cannot ask for the state of $name" # later on it is asked again
-failures=0 # in a row
+failures=0 stopped=0 # in a row
 while true; do
   step=''
   if look_up queue && queue=$state && look_up node; then
@@ -71,7 +71,11 @@ while true; do
 --zone=$zone. launch/run_tpu.sh starts it again; the slice goes on costing until \
 launch/delete_tpu.sh" ;;
           *none*) step=start ;;
-          *ing* | *stopped* | *unreachable*) ;;
+          *ing* | *unreachable*) stopped=0 ;;
+          *stopped*) # by the signal before a preemption, or by somebody
+            stopped=$((stopped + 1))
+            [ $stopped -lt 10 ] || fail "somebody has stopped the run and the slice is still there; \
+launch/run_tpu.sh starts it again; the slice goes on costing until launch/delete_tpu.sh" ;;
           *finished*) break ;;
         esac ;;
       *) step=create ;;

@@ -417,6 +417,17 @@ def test_keep_ends_where_the_run_has_failed_for_good(cloud):
     assert not cloud.calls("queued-resources", "delete")
 
 
+def test_keep_ends_where_somebody_has_stopped_the_run(cloud):
+    cloud.ready(statuses=["wait"])
+    cloud("run_tpu.sh", "--", *TRAIN)
+    cloud.wait_for_runs(1)
+    cloud("run_tpu.sh", "--stop")
+    cloud.wait_for("stopped")
+    done = cloud("watch_tpu.sh", "--keep", "--type=v5litepod-8", "--interval=0.05", "--", *TRAIN,
+                 status=1)  # fmt: skip
+    assert "somebody has stopped the run" in done.stderr and "costing until" in done.stderr
+
+
 def test_keep_gives_up_where_no_slice_can_be_made(cloud):
     cloud.lives()  # the cloud has none
     done = cloud("watch_tpu.sh", "--keep", "--type=v5litepod-8", "--interval=0.01", "--", *TRAIN,
