@@ -29,7 +29,7 @@ def stop_after(calls):
 def final_state(workdir, stage):
     """Every leaf of a stage's last checkpoint, as numpy, by path."""
     step = checkpoints.latest_step(workdir / stage)
-    with checkpoints.open_manager(workdir / stage, partial=True) as manager:
+    with checkpoints.open_manager(workdir / stage) as manager:
         state = manager.restore(step)["state"]
     return {jax.tree_util.keystr(path): np.asarray(leaf)
             for path, leaf in jax.tree_util.tree_leaves_with_path(state)}  # fmt: skip

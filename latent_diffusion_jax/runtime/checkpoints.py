@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from latent_diffusion_jax.runtime.errors import UserError
@@ -20,36 +19,28 @@ from latent_diffusion_jax.runtime.trees import flatten_names
 JSON_ITEMS = ("data", "config", "info", "tokenizer", "labels")
 
 
-def _write_small_arrays_whole(limit: int = 2**20) -> None:
-    """Orbax has all devices with a copy of an array write a part of it each, and cuts the parts out
-    one by one: for thousands of small arrays that takes seconds in which training stands still.
-    """
-    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=limit)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # it warns that there was another
-    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
-    logging.set_verbosity(verbosity)
+# Orbax has all devices with a copy of an array write a part of it each, and cuts the parts out one
+# by one: for thousands of small arrays that takes seconds in which training stands still.
+WHOLE_BYTES = 2**20  # what a device writes at least
 
 
-_write_small_arrays_whole()
+def _state_handler() -> ocp.PyTreeCheckpointHandler:
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=WHOLE_BYTES)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
-def open_manager(
-    directory: pathlib.Path, *, keep: int = 1, create: bool = False, partial: bool = False
-) -> Any:
+def open_manager(directory: pathlib.Path, *, keep: int = 1, create: bool = False) -> Any:
     """A CheckpointManager for one stage.
 
     Args:
       directory: the stage's folder.
       keep: how many of the last checkpoints stay.
       create: whether it is there to write: makes the folder and clears away interrupted saves.
-      partial: whether it is there to read parts of a state.
     """
     handlers: dict[str, Any] = {name: ocp.JsonCheckpointHandler() for name in JSON_ITEMS}
     handlers["tokenizer"] = ocp.JsonCheckpointHandler(filename="tokenizer.json")
-    handlers["state"] = (
-        ocp.PyTreeCheckpointHandler() if partial else ocp.StandardCheckpointHandler()
-    )
+    handlers["state"] = _state_handler()
     options = ocp.CheckpointManagerOptions(
         create=create,
         preservation_policy=checkpoint_managers.LatestN(keep),
@@ -71,7 +62,7 @@ def latest_step(directory: pathlib.Path) -> int | None:
 def save(manager: Any, step: int, state: Any, items: dict[str, Any]) -> None:
     """Starts an asynchronous save of a state and of JSON items; a step already saved is kept."""
     args = {name: ocp.args.JsonSave(value) for name, value in items.items() if value is not None}
-    manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), **args))
+    manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), **args))
 
 
 def restore_state(manager: Any, step: int, shapes: Any) -> Any:
@@ -86,21 +77,22 @@ def restore_state(manager: Any, step: int, shapes: Any) -> Any:
       UserError: it looks otherwise, or is damaged.
     """
     try:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
-        return manager.restore(step, args=args).state
+        return _read(manager, step, shapes)
     except Exception as error:  # Orbax raises many kinds
         raise UserError(_damaged(manager, step, error)) from error
 
 
+def _read(manager: Any, step: int, shapes: Any, **options: bool) -> Any:
+    placed = ocp.checkpoint_utils.construct_restore_args(shapes)
+    args = ocp.args.PyTreeRestore(item=shapes, restore_args=placed, **options)
+    return manager.restore(step, args=ocp.args.Composite(state=args)).state
+
+
 def restore_part(directory: pathlib.Path, step: int, shapes: dict[str, Any]) -> dict[str, Any]:
     """Some top-level entries of a checkpoint's state, such as {"ema": ...}, and nothing else."""
-    with open_manager(directory, partial=True) as manager:
+    with open_manager(directory) as manager:
         try:
-            restore_args = ocp.checkpoint_utils.construct_restore_args(shapes)
-            args = ocp.args.PyTreeRestore(
-                item=shapes, restore_args=restore_args, partial_restore=True
-            )
-            part = manager.restore(step, args=ocp.args.Composite(state=args)).state
+            part = _read(manager, step, shapes, partial_restore=True)
         except Exception as error:
             raise UserError(_damaged(manager, step, error)) from error
     # Orbax leaves what it does not find as it was asked for.
