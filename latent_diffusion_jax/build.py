@@ -166,6 +166,16 @@ def first_stage(config: ConfigDict) -> Stage:
     return with_precision(stage, section.precision, network.dtype)
 
 
+def computing_in(ldm: LatentDiffusion, dtype: str) -> LatentDiffusion:
+    """The model with all networks computing in another dtype, one of `DTYPES`."""
+    networks = {
+        name: network.clone(dtype=DTYPES[dtype])
+        for name in ("autoencoder", "conditioner", "unet")
+        if (network := getattr(ldm, name)) is not None
+    }
+    return dataclasses.replace(ldm, **networks)
+
+
 def latent_diffusion(
     config: ConfigDict,
     vocab_size: int = 0,

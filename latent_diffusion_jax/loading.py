@@ -70,15 +70,10 @@ def flag_values() -> dict[str, Any]:
 
 def _computing_in(model: Model, dtype: str) -> Model:
     wanted = build.DTYPES[dtype]
-    networks = {
-        name: network.clone(dtype=wanted)
-        for name in ("autoencoder", "conditioner", "unet")
-        if (network := getattr(model.ldm, name)) is not None
-    }
     params = jax.tree.map(
         lambda leaf: leaf.astype(wanted, copy=False) if np.ndim(leaf) else leaf, model.params
     )
-    return dataclasses.replace(model, ldm=dataclasses.replace(model.ldm, **networks), params=params)
+    return dataclasses.replace(model, ldm=build.computing_in(model.ldm, dtype), params=params)
 
 
 def _load_workdir(workdir: pathlib.Path) -> Model:

@@ -12,6 +12,7 @@ for latents that are encoded before; X need not exist.
 Exits with 1 where a program does not fit, and says what would make it fit.
 """
 
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -22,6 +23,7 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
+from latent_diffusion_jax import build
 from latent_diffusion_jax.config_checks import check_config
 from latent_diffusion_jax.planning import programs, report, search
 from latent_diffusion_jax.planning.compiled import Compiled, compile_program
@@ -39,6 +41,7 @@ def plan(
     name: str,
     *,
     num_labels: int = 1_000,
+    dtype: str = "float32",
     searched: bool = True,
     save: pathlib.Path | None = None,
 ) -> dict[str, Any]:
@@ -49,6 +52,7 @@ def plan(
       topology: see `topologies.open_topology`.
       name: `first_stage`, `diffusion` or `sample`.
       num_labels: of the data, with conditioning "class".
+      dtype: of `sample`, as its --dtype.
       searched: look for the largest batch, or for what would make it fit.
       save: folder that the compiled program is written to.
 
@@ -60,28 +64,35 @@ def plan(
     """
     devices, slices = open_topology(topology)
 
+    def parts(config: ConfigDict) -> int:
+        mesh = make_mesh(config, name, devices)
+        return mesh.shape["data"] * mesh.shape["fsdp"]
+
     def compiled(config: ConfigDict, images: int, **options: bool) -> Compiled:
-        batch_size = images * slices.num_chips
-        mesh = make_mesh(config, name, devices, batch_size)
+        mesh, batch_size = make_mesh(config, name, devices), images * parts(config)
         with as_user_error("the config's parts do not fit together"):
-            program = programs.make(config, name, mesh, batch_size, num_labels)
+            program = programs.make(config, name, mesh, batch_size, num_labels, dtype)
         return compile_program(program, slices, **options)
 
     def attempt(config: ConfigDict, images: int) -> Compiled:
         return compiled(config, images, with_cost=False)
 
-    images = _images_of_chip(config, name, slices.num_chips)
+    images = images_of_chip(config, name, make_mesh(config, name, devices))
     found = compiled(config, images, to_run=save is not None)
     print(report.describe(topology, found), flush=True)
     largest = None
     if searched and found.memory.fits:
-        largest = search.largest_batch(config, found, attempt)
-        more = " or more" if largest == search.MOST else ""
+        count = 1 if name == programs.SAMPLE else _section(config, name).accumulation
+        largest = search.largest_batch(config, images, found, attempt, count)
+        more = " or more" if largest + count > search.MOST else ""
         print(f"  the largest batch that fits: {largest} images a chip{more}", flush=True)
     elif searched:
-        change = search.changes_that_fit(config, name, images, slices, attempt)
+        change = search.changes_that_fit(config, name, images, slices, attempt, parts)
         if change is None:
-            print("  no batch, no rematerialisation and no sharding makes it fit", flush=True)
+            tried = "fewer images"
+            if name != programs.SAMPLE:
+                tried = f"mesh.fsdp, accumulation, remat={'/'.join(search.STRONGER)}, {tried}"
+            print(f"  nothing that was tried makes it fit: {tried}", flush=True)
         else:
             total = change[1].memory.total / report.GIB
             print(f"  it fits with {change[0]} ({total:.2f} GiB)", flush=True)
@@ -90,37 +101,38 @@ def plan(
     return report.as_row(topology, found, largest)
 
 
-def make_mesh(config: ConfigDict, name: str, devices: list[Any], batch_size: int) -> Mesh:
-    """The mesh that a program runs on.
-
-    Raises:
-      UserError: it does not go with the devices, or with the batch.
-    """
+def make_mesh(config: ConfigDict, name: str, devices: list[Any]) -> Mesh:
+    """The mesh that a program runs on; UserError where it does not go with the devices."""
     if name == programs.SAMPLE:
         return sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, devices)
-    mesh = sharding.make_mesh(dict(config.mesh), devices)
-    section = config.first_stage if name == "first_stage" else config
-    key = "first_stage.batch_size" if name == "first_stage" else "batch_size"
-    sharding.check_batch_size(batch_size // section.accumulation, mesh, key)
-    return mesh
+    return sharding.make_mesh(dict(config.mesh), devices)
 
 
 def check_topology(config: ConfigDict, topology: str, names: list[str]) -> None:
     """Raises UserError where a topology does not go with a config, before anything is compiled."""
-    devices, slices = open_topology(topology)
+    devices, _ = open_topology(topology)
     for name in names:
-        images = _images_of_chip(config, name, slices.num_chips)
-        make_mesh(config, name, devices, images * slices.num_chips)
+        images_of_chip(config, name, make_mesh(config, name, devices))
 
 
-def _images_of_chip(config: ConfigDict, name: str, num_chips: int) -> int:
+def images_of_chip(config: ConfigDict, name: str, mesh: Mesh) -> int:
+    """How many images of a call a chip has; those along the axis `tensor` have the same ones.
+
+    Raises:
+      UserError: the mesh does not divide the batch.
+    """
     if name == programs.SAMPLE:
-        return config.sample.batch_size  # of each device
+        return config.sample.batch_size
+    section = _section(config, name)
     key = "first_stage.batch_size" if name == "first_stage" else "batch_size"
-    batch_size = (config.first_stage if name == "first_stage" else config).batch_size
-    if batch_size % num_chips:
-        raise UserError(f"{key}={batch_size} is not divisible by {num_chips} chips")
-    return batch_size // num_chips
+    if section.accumulation > 1:
+        key += " / accumulation"
+    sharding.check_batch_size(section.batch_size // section.accumulation, mesh, key)
+    return section.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+
+
+def _section(config: ConfigDict, name: str) -> ConfigDict:
+    return config.first_stage if name == "first_stage" else config
 
 
 def _save(found: Compiled, path: pathlib.Path) -> None:
@@ -134,6 +146,13 @@ def _save(found: Compiled, path: pathlib.Path) -> None:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     print(f"  compiled program: {path}, {len(payload) / report.GIB * 1024:.1f} MiB", flush=True)
+
+
+def _write(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    try:
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def check(config: ConfigDict) -> None:
@@ -150,6 +169,7 @@ def define_flags() -> None:
     flags.DEFINE_list("topology", None, "TPUs to plan for, such as v5e:4x4,v5p:2x2x1.")
     flags.DEFINE_list("programs", None, "Of first_stage, diffusion, sample; default all there are.")
     flags.DEFINE_integer("num_labels", 1_000, "Of the data, with conditioning 'class'.")
+    flags.DEFINE_enum("dtype", "float32", sorted(build.DTYPES), "Of sample, as its --dtype.")
     flags.DEFINE_bool("search", True, "Look for the largest batch, or for what makes it fit.")
     flags.DEFINE_string("save", None, "Folder that compiled programs are written to.")
     flags.DEFINE_string("json", None, "File that all figures are written to.")
@@ -168,26 +188,22 @@ def main() -> None:
     for topology in FLAGS.topology:
         check_topology(config, topology, names)
     save = pathlib.Path(FLAGS.save).expanduser() if FLAGS.save else None
-    rows = [
-        plan(
+    rows: list[dict[str, Any]] = []
+    for topology, name in itertools.product(FLAGS.topology, names):
+        row = plan(
             config,
             topology,
             name,
             num_labels=FLAGS.num_labels,
+            dtype=FLAGS.dtype,
             searched=FLAGS.search,
             save=save,
         )
-        for topology in FLAGS.topology
-        for name in names
-    ]
+        rows.append(row)
+        if FLAGS.json:  # after each one, as they may take an hour
+            _write(rows, pathlib.Path(FLAGS.json).expanduser())
     if len(rows) > 1:
         print("\n" + report.markdown(rows))
-    if FLAGS.json:
-        path = pathlib.Path(FLAGS.json).expanduser()
-        try:
-            path.write_text(json.dumps(rows, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
     if not all(row["fits"] for row in rows):
         raise SystemExit(1)
 

@@ -77,7 +77,7 @@ def test_a_config_that_does_not_fit_exits_with_what_makes_it_fit(tmp_path):
         (["--programs=first_stages"], "first_stage, diffusion, sample"),
         (["--config.unet.channel=3"], "unet.channel"),
         (["--config.mesh.fsdp=3"], "fsdp"),
-        (["--config.batch_size=9"], "not divisible by 4 chips"),
+        (["--config.batch_size=9"], "mesh's data * fsdp = 4"),
     ],
 )
 def test_mistakes_are_one_line(arguments, said):

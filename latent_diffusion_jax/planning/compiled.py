@@ -112,7 +112,8 @@ def compile_program(
         if needed is None:
             raise
         seconds = time.perf_counter() - start
-        memory = Memory(program.resident, needed, slices.chip.memory, counted=False)
+        own = max(needed - program.argument_bytes, 0.0)
+        memory = Memory(program.resident, own, slices.chip.memory, counted=False)
         return Compiled(program, slices, memory, seconds, flops, None, None)
     seconds = time.perf_counter() - start
     found = executable.memory_analysis()
@@ -142,6 +143,6 @@ def _compile(lowered: Any, options: dict[str, Any]) -> tuple[Any, str]:
 
 
 def _needed(message: str) -> float | None:
-    """Bytes of temporaries that the compiler ran out of memory for; None for other errors."""
+    """Bytes that the compiler ran out of memory for, arguments included; None for other errors."""
     found = re.search(r"\(([\d.]+)([KMG]?)\) exceeds available HBM", message)
     return float(found[1]) * _SIZES[found[2]] if found else None

@@ -17,7 +17,7 @@ from latent_diffusion_jax.ldm import LatentDiffusion
 from latent_diffusion_jax.models.autoencoder import ENCODER, param_shapes
 from latent_diffusion_jax.models.clip_text import PUBLISHED
 from latent_diffusion_jax.models.lpips import LPIPS
-from latent_diffusion_jax.runtime import sharding
+from latent_diffusion_jax.runtime import sharding, trees
 from latent_diffusion_jax.runtime.flops import traced_flops
 from latent_diffusion_jax.sampling import Request, make_draw
 from latent_diffusion_jax.training.state import Stage, jit_train_step
@@ -47,6 +47,11 @@ class Program:
     rounds: int
     resident: dict[str, float]
 
+    @property
+    def argument_bytes(self) -> float:
+        """On each chip."""
+        return bytes_of_device(self.arguments)
+
     def trace(self) -> Any:
         with jax.set_mesh(self.mesh):
             return self.function.trace(*self.arguments)
@@ -56,7 +61,14 @@ class Program:
         return traced_flops(traced.jaxpr, rounds=self.rounds)
 
 
-def make(config: ConfigDict, name: str, mesh: Mesh, batch_size: int, num_labels: int) -> Program:
+def make(
+    config: ConfigDict,
+    name: str,
+    mesh: Mesh,
+    batch_size: int,
+    num_labels: int,
+    dtype: str = "float32",
+) -> Program:
     """A program of a config.
 
     Args:
@@ -65,14 +77,19 @@ def make(config: ConfigDict, name: str, mesh: Mesh, batch_size: int, num_labels:
       mesh: to compile it for.
       batch_size: images of a step, or of a call of the sampler, on all chips.
       num_labels: of the data, with conditioning "class".
+      dtype: that the sampler is asked for, as by `sample --dtype`.
     """
     if name == SAMPLE:
-        return _sampler(config, mesh, batch_size, num_labels)
+        return _sampler(config, mesh, batch_size, num_labels, dtype)
     stage, batch, frozen, unused = _STAGES[name](config, batch_size, num_labels)
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
         state = jax.eval_shape(stage.init, key).replace(frozen=frozen)
     shardings = sharding.state_sharding(state, mesh)
+    if name == "first_stage":  # as `train` has it
+        shardings = shardings.replace(
+            frozen=jax.tree.map(lambda _: sharding.replicated(mesh), frozen)
+        )
     state = _placed(state, shardings)
     batch = _placed(batch, sharding.batch_sharding(mesh))
     key = _placed(key, sharding.replicated(mesh))
@@ -90,27 +107,32 @@ def make(config: ConfigDict, name: str, mesh: Mesh, batch_size: int, num_labels:
     return Program(name, step, (state, batch, key), mesh, batch_size, 1, resident)
 
 
-def _sampler(config: ConfigDict, mesh: Mesh, batch_size: int, num_labels: int) -> Program:
+def _sampler(
+    config: ConfigDict, mesh: Mesh, batch_size: int, num_labels: int, dtype: str
+) -> Program:
     ldm, conditioning = _second_stage(config, num_labels)
+    if dtype != "float32":
+        ldm = build.computing_in(ldm, dtype)
 
     def init(key: jax.Array) -> Any:
         null = {name: jnp.asarray(value)[None] for name, value in conditioning.null.items()}
-        params = dict(ldm.init_trained(key, null))
+        params = trees.in_dtype(dict(ldm.init_trained(key, null)), config.ema_dtype)
         if ldm.conditioner is not None and "conditioner" not in params:
             params["conditioner"] = ldm.conditioner.init(key, *null.values())["params"]
         return params
 
     same, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    dtype = build.DTYPES[config.unet.dtype]
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
         params = jax.eval_shape(init, key)
     if ldm.autoencoder is not None:
         params["autoencoder"] = param_shapes(ldm.autoencoder)
         params["scale_factor"] = jax.ShapeDtypeStruct((), jnp.float32)
-    params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim else x.dtype), params
-    )
+    if dtype != "float32":
+        half = build.DTYPES[dtype]
+        params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, half if x.ndim else x.dtype), params
+        )
     params = _placed(params, same)
     inputs = _conditions(conditioning, batch_size)
     seeds: Any = jax.ShapeDtypeStruct((batch_size,), jnp.uint32)

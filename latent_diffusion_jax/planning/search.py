@@ -4,29 +4,38 @@ from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
+from latent_diffusion_jax.models.remat import POLICIES
 from latent_diffusion_jax.planning.compiled import Compiled
 from latent_diffusion_jax.planning.links import Slices
 
 MOST = 1024  # images of a chip that are tried
+STRONGER = ("blocks", "full", "offload")  # policies to try, the cheapest first
 
+# Chips with the same images, those along the axis `tensor`, count as one here.
 # (config, images of a chip) -> the compiled program; nobody asks for its cost
 Attempt = Callable[[ConfigDict, int], Compiled]
+# config -> how many chips have images of their own
+Parts = Callable[[ConfigDict], int]
 
 
-def largest_batch(config: ConfigDict, found: Compiled, attempt: Attempt) -> int:
+def largest_batch(
+    config: ConfigDict, images: int, found: Compiled, attempt: Attempt, multiple: int = 1
+) -> int:
     """The most images of a chip, up to `MOST`, with which a program that fits goes on fitting.
 
     Temporaries grow about linearly: two compilations tell where to look, others make sure.
 
     Args:
       config: of the run.
-      found: compiled with the config's batch.
-      attempt: compiles with another.
+      images: of a chip by the config.
+      found: compiled with them.
+      attempt: compiles with others.
+      multiple: that images have to be of, the number of micro-batches.
     """
-    fitting = max(found.program.images // found.slices.num_chips, 1)
+    fitting, most = images, MOST // multiple * multiple
     known = {fitting: found.memory.total}
     failed: int | None = None
-    while fitting < MOST and (failed is None or failed - fitting > max(1, fitting // 8)):
+    while fitting < most and (failed is None or failed - fitting > max(multiple, fitting // 8)):
         if failed is not None:
             trial = (fitting + failed) // 2
         elif len(known) == 1:
@@ -35,8 +44,8 @@ def largest_batch(config: ConfigDict, found: Compiled, attempt: Attempt) -> int:
             (a, low), (b, high) = sorted(known.items())[-2:]
             of_image = max((high - low) / (b - a), 1.0)
             room = found.memory.available - high
-            trial = b + max(int(room / of_image), 1)
-        trial = min(trial, MOST)
+            trial = b + int(room / of_image)
+        trial = min(max(trial // multiple * multiple, fitting + multiple), most)
         memory = attempt(config, trial).memory
         if memory.fits:
             fitting = trial
@@ -47,7 +56,7 @@ def largest_batch(config: ConfigDict, found: Compiled, attempt: Attempt) -> int:
 
 
 def changes_that_fit(
-    config: ConfigDict, name: str, images: int, slices: Slices, attempt: Attempt
+    config: ConfigDict, name: str, images: int, slices: Slices, attempt: Attempt, parts: Parts
 ) -> tuple[str, Compiled] | None:
     """The first change of a config, from the cheapest on, with which its program fits.
 
@@ -57,11 +66,12 @@ def changes_that_fit(
       images: of a chip.
       slices: that it is for.
       attempt: compiles a changed config.
+      parts: chips with images of their own, by a config.
 
     Returns:
       (the change, as flags of the command; the program compiled with it), or None.
     """
-    for changed, batch, said in _changes(config, name, images, slices):
+    for changed, batch, said in _changes(config, name, images, slices, parts):
         found = attempt(changed, batch)
         if found.memory.fits:
             return said, found
@@ -69,7 +79,7 @@ def changes_that_fit(
 
 
 def _changes(
-    config: ConfigDict, name: str, images: int, slices: Slices
+    config: ConfigDict, name: str, images: int, slices: Slices, parts: Parts
 ) -> Iterator[tuple[ConfigDict, int, str]]:
     """(changed config, images of a chip, the change): parameters are split first, as that costs
     least; then micro-batches; then computing anew; last come smaller batches."""
@@ -90,11 +100,16 @@ def _changes(
     fsdp, mesh = slices.chips_of_slice, base.mesh
     split = mesh.fsdp == fsdp or (mesh.fsdp == -1 and mesh.data == mesh.tensor == 1)
     if not split and fsdp > 1:
-        base.mesh.data, base.mesh.fsdp, base.mesh.tensor = 1, fsdp, 1
-        flags = [f"--config.mesh.data=1 --config.mesh.fsdp={fsdp} --config.mesh.tensor=1"]
-        yield base, images, flags[0]
+        batch_size = images * parts(base)
+        wide = base.copy_and_resolve_references()
+        wide.mesh.data, wide.mesh.fsdp, wide.mesh.tensor = 1, fsdp, 1
+        if batch_size % (parts(wide) * section(wide).accumulation) == 0:
+            base, images = wide, batch_size // parts(wide)
+            flags = [f"--config.mesh.data=1 --config.mesh.fsdp={fsdp} --config.mesh.tensor=1"]
+            yield base, images, flags[0]
     own_policy, own_count = section(base)[network].remat, section(base).accumulation
-    for policy in dict.fromkeys((own_policy, "blocks", "full")):
+    weaker = POLICIES[: POLICIES.index(own_policy) + 1]
+    for policy in (own_policy, *(policy for policy in STRONGER if policy not in weaker)):
         changed = base.copy_and_resolve_references()
         section(changed)[network].remat = policy
         said = list(flags)
@@ -112,5 +127,5 @@ def _changes(
         said.append(f"--config.{prefix}accumulation=1")
     while images > 1:
         images //= 2
-        size = images * slices.num_chips
+        size = images * parts(changed)
         yield changed, images, " ".join([*said, f"--config.{prefix}batch_size={size}"])

@@ -19,6 +19,7 @@ def wide(program):
     if program == "first_stage":
         config = autoencoder_kl.get_config("smoke")
         config.first_stage.autoencoder.channels = 64
+        config.first_stage.discriminator.channels = 64
         config.data.image_size = 16
         return config
     config = txt2img.get_config("smoke")

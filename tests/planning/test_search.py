@@ -32,6 +32,11 @@ def attempt_with(bytes_of):
     return attempt, asked
 
 
+def parts(config):
+    """Chips with images of their own, of four."""
+    return 4 // config.mesh.tensor
+
+
 @pytest.mark.parametrize(
     ("fixed", "of_image", "start", "expected"),
     [
@@ -43,17 +48,24 @@ def attempt_with(bytes_of):
 )
 def test_the_largest_batch(fixed, of_image, start, expected):
     attempt, asked = attempt_with(lambda config, images: fixed + of_image * images)
-    found = search.largest_batch(None, attempt(None, start), attempt)
+    found = search.largest_batch(None, start, attempt(None, start), attempt)
     assert expected[0] <= found <= expected[1]
     assert len(asked) <= 8  # each is a compilation
 
 
 def test_the_largest_batch_where_memory_does_not_grow_evenly():
     attempt, _ = attempt_with(lambda config, images: 200.0 if images < 40 else 30.0 * images)
-    assert search.largest_batch(None, attempt(None, 2), attempt) in range(30, 40)
+    assert search.largest_batch(None, 2, attempt(None, 2), attempt) in range(30, 40)
 
 
-def needs(fsdp=1, remat=("none", "blocks", "full"), accumulation=1, images=8):
+def test_the_largest_batch_of_micro_batches():
+    attempt, asked = attempt_with(lambda config, images: 100.0 + 10.0 * images)
+    found = search.largest_batch(None, 6, attempt(None, 6), attempt, multiple=6)
+    assert found == 84 or found == 90
+    assert all(images % 6 == 0 for _, images in asked)
+
+
+def needs(fsdp=1, remat=("none", "blocks", "full", "offload"), accumulation=1, images=8):
     """Fits with at least so much sharding, one of these policies, so many micro-batches."""
 
     def bytes_of(config, batch):
@@ -84,7 +96,7 @@ def needs(fsdp=1, remat=("none", "blocks", "full"), accumulation=1, images=8):
 def test_changes_that_fit_are_named_and_were_tried(memory, said):
     config = txt2img.get_config("smoke")
     attempt, asked = attempt_with(memory)
-    found = search.changes_that_fit(config, "diffusion", 8, SLICES, attempt)
+    found = search.changes_that_fit(config, "diffusion", 8, SLICES, attempt, parts)
     assert found is not None and found[0].endswith(said)
     tried, images = asked[-1]
     assert memory(tried, images) <= AVAILABLE
@@ -103,7 +115,9 @@ def test_changes_that_fit_are_named_and_were_tried(memory, said):
 def test_parameters_are_split_within_slices():
     two = Slices(CHIP, (2, 2), 2)
     attempt, _ = attempt_with(needs(fsdp=4))
-    found = search.changes_that_fit(txt2img.get_config("smoke"), "diffusion", 8, two, attempt)
+    found = search.changes_that_fit(
+        txt2img.get_config("smoke"), "diffusion", 8, two, attempt, lambda config: 8
+    )
     assert found is not None
     assert found[0] == "--config.mesh.data=1 --config.mesh.fsdp=4 --config.mesh.tensor=1"
 
@@ -112,7 +126,7 @@ def test_what_is_split_already_is_not_proposed():
     config = txt2img.get_config("smoke")
     config.mesh.data, config.mesh.fsdp = 1, -1
     attempt, asked = attempt_with(lambda config, images: 300.0 * images)
-    found = search.changes_that_fit(config, "diffusion", 8, SLICES, attempt)
+    found = search.changes_that_fit(config, "diffusion", 8, SLICES, attempt, parts)
     assert found is not None and "mesh" not in found[0]
     assert asked[0][0].accumulation == 2  # the first that is tried
 
@@ -121,21 +135,47 @@ def test_a_smaller_batch_needs_no_micro_batches():
     config = txt2img.get_config("smoke")
     config.accumulation = 2
     attempt, asked = attempt_with(needs(fsdp=4, images=2))
-    found = search.changes_that_fit(config, "diffusion", 8, SLICES, attempt)
+    found = search.changes_that_fit(config, "diffusion", 8, SLICES, attempt, parts)
     assert found is not None
     assert found[0].endswith("--config.accumulation=1 --config.batch_size=8")
     assert asked[-1][0].accumulation == 1
 
 
+def test_chips_that_share_images():
+    config = txt2img.get_config("smoke")
+    config.mesh.data, config.mesh.tensor = 1, 4
+    attempt, asked = attempt_with(needs(fsdp=4))
+    found = search.changes_that_fit(config, "diffusion", 8, SLICES, attempt, parts)
+    assert found is not None and found[0].endswith("--config.mesh.tensor=1")
+    assert asked[-1][1] == 2  # of four chips, the same batch
+    attempt, asked = attempt_with(needs(accumulation=2))  # 4 chips do not divide 2 images
+    found = search.changes_that_fit(config, "diffusion", 2, SLICES, attempt, parts)
+    assert found is not None and found[0] == "--config.accumulation=2"
+
+
+@pytest.mark.parametrize(
+    ("policy", "tried"),
+    [("dots", ["dots", "blocks", "full", "offload"]), ("full", ["full", "offload"])],
+)
+def test_what_keeps_more_than_the_configs_own_is_not_tried(policy, tried):
+    config = txt2img.get_config("smoke")
+    config.unet.remat = policy
+    attempt, asked = attempt_with(lambda config, images: 2000.0)
+    assert search.changes_that_fit(config, "diffusion", 8, SLICES, attempt, parts) is None
+    assert list(dict.fromkeys(changed.unet.remat for changed, _ in asked)) == tried
+
+
 def test_what_never_fits():
     attempt, _ = attempt_with(lambda config, images: 2000.0)
     config = txt2img.get_config("smoke")
-    assert search.changes_that_fit(config, "diffusion", 8, SLICES, attempt) is None
-    assert search.changes_that_fit(config, "sample", 8, SLICES, attempt) is None
+    assert search.changes_that_fit(config, "diffusion", 8, SLICES, attempt, parts) is None
+    assert search.changes_that_fit(config, "sample", 8, SLICES, attempt, parts) is None
 
 
 def test_samplers_are_given_fewer_images():
     attempt, asked = attempt_with(lambda config, images: 300.0 * images)
-    found = search.changes_that_fit(txt2img.get_config("smoke"), "sample", 16, SLICES, attempt)
+    found = search.changes_that_fit(
+        txt2img.get_config("smoke"), "sample", 16, SLICES, attempt, parts
+    )
     assert found is not None and found[0] == "--config.sample.batch_size=2"
     assert [images for _, images in asked] == [8, 4, 2]
