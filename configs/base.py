@@ -53,6 +53,7 @@ def optimizer(learning_rate: float) -> ConfigDict:
         1.0  # of the learning rate, reached by a cosine at the end; 1: constant
     )
     section.betas = (0.9, 0.999)
+    section.eps = 1e-8
     section.weight_decay = 0.01
     section.clip_norm = 0.0  # of the gradients' global norm; 0: no clipping
     section.mu_dtype = "float32"  # that the first moment is stored in; or "bfloat16"
@@ -214,7 +215,7 @@ def second_stage(config: ConfigDict, conditioning: str) -> None:
     config.sample.spacing = "trailing"  # of timesteps; or "leading", "linspace"
     config.sample.sigmas = "schedule"  # or "karras"
     config.sample.clip = 0.0  # bound on the predicted image; 1 for models in the space of pixels
-    config.sample.batch_size = 16  # images drawn at once
+    config.sample.batch_size = 16  # images drawn at once by each device
     if conditioning in ("text", "clip"):
         config.sample.prompts = ("a photograph of a mountain lake", "a painting of a city at night")
     if conditioning == "class":

@@ -204,9 +204,11 @@ def _check_stages(stages: tuple[str, ...]) -> None:
 
 def _check_optimizers(config: ConfigDict) -> None:
     values = flatten(config)
-    for key, betas in values.items():
-        if key.endswith("optimizer.betas") and len(betas) != 2:
-            raise UserError(f"{key}={betas} must be two numbers")
+    for key, value in values.items():
+        if key.endswith("optimizer.betas") and len(value) != 2:
+            raise UserError(f"{key}={value} must be two numbers")
+        if key.endswith("optimizer.eps") and value <= 0:
+            raise UserError(f"{key}={value} must be positive")
 
 
 def _check_network(name: str, section: ConfigDict) -> None:

@@ -9,7 +9,7 @@ ADDED: dict[str, Any] = {
     "param_dtype": "float32",
     "ema_dtype": "float32",
 }
-ADDED_TO_OPTIMIZERS: dict[str, Any] = {"mu_dtype": "float32", "nu_dtype": "float32"}
+ADDED_TO_OPTIMIZERS: dict[str, Any] = {"mu_dtype": "float32", "nu_dtype": "float32", "eps": 1e-8}
 REMAT = {False: "none", True: "blocks"}  # it was a switch
 
 

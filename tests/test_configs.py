@@ -353,6 +353,7 @@ def test_a_single_stage(stages):
         ("unet.attention", "none"),
         ("sample.clip", -1.0),
         ("optimizer.betas", (0.9,)),
+        ("first_stage.optimizer.eps", 0.0),
         ("tokenizer.max_length", 1),
         ("first_stage.scale_examples", 0),
         ("log_every", 0),

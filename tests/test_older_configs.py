@@ -10,7 +10,7 @@ from configs import autoencoder_kl, txt2img
 from latent_diffusion_jax import build, config_checks, older_configs
 from latent_diffusion_jax.runtime.commands import flatten
 
-NEW = ("accumulation", "precision", "param_dtype", "ema_dtype", "mu_dtype", "nu_dtype")
+NEW = ("accumulation", "precision", "param_dtype", "ema_dtype", "mu_dtype", "nu_dtype", "eps")
 
 
 def of_before(config, remat):

@@ -36,6 +36,7 @@ def make_optimizer(
     clip_norm: float,
     mu_dtype: str = "float32",
     nu_dtype: str = "float32",
+    eps: float = 1e-8,
 ) -> optax.GradientTransformation:
     """AdamW (Adam where `weight_decay` is 0), after clipping by global norm where `clip_norm` > 0.
 
@@ -48,20 +49,23 @@ def make_optimizer(
       weight_decay: decoupled weight decay, on all parameters as in LDM.
       clip_norm: largest global norm of the gradients; 0 turns clipping off.
       mu_dtype, nu_dtype: that the first and the second moment are stored in, see `_adam`.
+      eps: added to the second moment's root; large, it bounds steps along small gradients.
     """
     schedule = learning_rate_schedule(learning_rate, warmup_steps, num_steps, final_fraction)
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity()
     return optax.chain(
         clip,
         optax.chain(  # optax.adamw
-            _adam(betas, mu_dtype, nu_dtype),
+            _adam(betas, eps, mu_dtype, nu_dtype),
             optax.add_decayed_weights(weight_decay),
             optax.scale_by_learning_rate(schedule),
         ),
     )
 
 
-def _adam(betas: tuple[float, float], mu_dtype: str, nu_dtype: str) -> optax.GradientTransformation:
+def _adam(
+    betas: tuple[float, float], eps: float, mu_dtype: str, nu_dtype: str
+) -> optax.GradientTransformation:
     """Adam in float32, whose moments are rounded to these dtypes between updates.
 
     In bfloat16 each takes half the memory. Rounding the first moment is harmless: what it loses is
@@ -70,7 +74,7 @@ def _adam(betas: tuple[float, float], mu_dtype: str, nu_dtype: str) -> optax.Gra
     gradients and never falls again, and steps stay as small as the largest gradients made them. Of
     beta_2 = 0.99 and below it follows.
     """
-    adam = optax.scale_by_adam(b1=betas[0], b2=betas[1])
+    adam = optax.scale_by_adam(b1=betas[0], b2=betas[1], eps=eps)
 
     def stored(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
         mu, nu = trees.in_dtype(state.mu, mu_dtype), trees.in_dtype(state.nu, nu_dtype)

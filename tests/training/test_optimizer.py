@@ -72,11 +72,12 @@ def run_ours(gradients, start, **fields):
     return params
 
 
-def run_torch(gradients, start, rates, betas, weight_decay, clip_norm):
+def run_torch(gradients, start, rates, betas, weight_decay, clip_norm, eps):
     params = {name: torch.tensor(value, dtype=torch.float64) for name, value in start.items()}
     for parameter in params.values():
         parameter.requires_grad_()
-    optimizer = torch.optim.AdamW(params.values(), betas=betas, weight_decay=weight_decay)
+    settings = dict(betas=betas, weight_decay=weight_decay, eps=eps)
+    optimizer = torch.optim.AdamW(params.values(), **settings)
     for gradient, rate in zip(gradients, rates, strict=True):
         for name, parameter in params.items():
             parameter.grad = torch.tensor(gradient[name], dtype=torch.float64)
@@ -103,8 +104,8 @@ def draws(num_steps: int, seed: int = 0):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
-def test_updates_equal_torch_adamw(weight_decay, clip_norm):
+@pytest.mark.parametrize(("clip_norm", "eps"), [(0.0, 1e-8), (1.0, 1e-8), (0.0, 0.1)])
+def test_updates_equal_torch_adamw(weight_decay, clip_norm, eps):
     """Decay on all parameters, biases too; clipping by the norm over all of them."""
     start, gradients = draws(30)
     betas = (0.8, 0.95)
@@ -118,11 +119,12 @@ def test_updates_equal_torch_adamw(weight_decay, clip_norm):
         betas=betas,
         weight_decay=weight_decay,
         clip_norm=clip_norm,
+        eps=eps,
     )
     share = np.clip((np.arange(30) - 5) / 25, 0, 1)
     rates = 0.01 * (0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * share)))
     rates[:5] = 0.01 * np.arange(5) / 5
-    theirs = run_torch(gradients, start, rates, betas, weight_decay, clip_norm)
+    theirs = run_torch(gradients, start, rates, betas, weight_decay, clip_norm, eps)
     for name in start:
         moved = np.abs(theirs[name] - start[name]).max()
         assert moved > 0.03
