@@ -150,7 +150,8 @@ def measure_scale(
         if "moments" in batch:
             z = network.posterior.from_moments(batch["moments"]).mean
         else:
-            z = network.apply({"params": params}, to_float(batch["image"]), method="encode").mean
+            whole = {"params": sharding.gathered(params, network.dtype)}
+            z = network.apply(whole, to_float(batch["image"]), method="encode").mean
         return z.mean((1, 2, 3)), (z**2).mean((1, 2, 3))
 
     totals, count = np.zeros(2), 0

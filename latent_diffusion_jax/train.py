@@ -33,6 +33,7 @@ from latent_diffusion_jax.first_stages import FirstStage
 from latent_diffusion_jax.models.autoencoder import ENCODER
 from latent_diffusion_jax.runtime import checkpoints, distributed, loggers, sharding, trees
 from latent_diffusion_jax.runtime.commands import StopRequest, differences, run
+from latent_diffusion_jax.runtime.compilation import use_persistent_cache
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
 from latent_diffusion_jax.runtime.memory import keep_freed_memory
 from latent_diffusion_jax.training import autoencoder_stage, diffusion_stage, loop
@@ -125,6 +126,8 @@ def train(
             checkpoints.write_json(workdir / "config.json", as_json)
     except OSError as error:
         raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from error
+    if distributed.num_processes() > 1:
+        use_persistent_cache(workdir / "compiled")  # which all of them see
     shared = loop.Run(
         workdir=workdir,
         mesh=mesh,
@@ -145,7 +148,7 @@ def train(
     if start is not None and "first_stage" not in unfinished:
         adopt_first_stage(shared, config, start)
     for name in unfinished:
-        if loop.agree_to_stop(should_stop, step=0):
+        if distributed.highest(should_stop()):
             logging.info("stopped before the stage %s; the same command goes on from there", name)
             return False
         if name == "first_stage":
@@ -348,8 +351,9 @@ def main() -> None:
     keep_freed_memory()
     loggers.set_up_logging()
     with StopRequest() as stop:
-        train(FLAGS.config, FLAGS.workdir, stop)
-    sys.exit(distributed.highest(stop.exit_status))  # a signal may have reached one process
+        finished = train(FLAGS.config, FLAGS.workdir, stop)
+    status = distributed.highest(stop.exit_status)  # a signal may have reached one process
+    sys.exit(0 if finished else status)
 
 
 if __name__ == "__main__":

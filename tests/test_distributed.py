@@ -1,7 +1,7 @@
 """The commands in two processes give what they give in one: through the launcher, with real ones.
 
-Losses agree to rounding. So do nearly all parameters; where a gradient is nearly zero its sign is
-rounding's, and Adam takes a step of the learning rate to the one side or to the other.
+Adam's epsilon is so large that its steps are the gradients' size: otherwise it would take a step of
+the learning rate to the one side or to the other by the sign of a gradient that is nearly zero.
 """
 
 import json
@@ -22,9 +22,10 @@ from latent_diffusion_jax import evaluate, first_stages
 from latent_diffusion_jax.data.latents import LatentSource
 from latent_diffusion_jax.encode import encode_dataset
 from latent_diffusion_jax.runtime import checkpoints, images, trees
+from tests.clip_files import make_text_encoder_folder, make_tokenizer_folder
 
 ROOT = pathlib.Path(__file__).parents[1]
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 0.1
 STAGES = ("first_stage", "diffusion")
 # The smallest networks that there are, as every second process compiles all programs anew.
 TINY = (
@@ -35,6 +36,8 @@ TINY = (
     f"--config.first_stage.optimizer.learning_rate={LEARNING_RATE}",
     "--config.first_stage.optimizer.warmup_steps=1",
     "--config.first_stage.loss.disc_weight=0.0",
+    "--config.first_stage.optimizer.eps=1.0",
+    "--config.optimizer.eps=1.0",
     # Split over both processes are the words' embeddings; the rest is too small.
     "--config.mesh.data=1",
     "--config.mesh.fsdp=4",
@@ -46,10 +49,13 @@ TINY = (
 
 def start(*arguments: str, processes: int, devices: int, command: str = "train"):
     """The launcher, which runs a command."""
+    env = dict(os.environ)
+    if processes > 1 and command == "train":
+        del env["JAX_COMPILATION_CACHE_DIR"]  # that of a workdir is used
     return subprocess.Popen(
         [sys.executable, "launch/local.py", f"--processes={processes}", f"--devices={devices}",
          f"--command={command}", "--", *arguments],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -80,7 +86,13 @@ def of_two(tmp_path_factory, data_dir):
     _, errors = train(workdir, data_dir, 2)
     assert "2 process(es); mesh: data 1, fsdp 4" in errors
     assert not [line for line in errors.splitlines() if line.startswith("[1]")], errors
+    assert compiled_in(workdir)
     return workdir
+
+
+def compiled_in(workdir):
+    """Train steps that are kept there, compiled."""
+    return {path.name for path in (workdir / "compiled").iterdir() if "train_step" in path.name}
 
 
 @pytest.mark.slow
@@ -125,7 +137,7 @@ def figures(workdir):
 
 def state_of(workdir, stage, step=4):
     """Every leaf of a checkpoint, by name; those of the optimizer are not among them."""
-    with checkpoints.open_manager(workdir / stage, partial=True) as manager:
+    with checkpoints.open_manager(workdir / stage) as manager:
         saved = dict(manager.item_metadata(step)["state"].tree)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(
@@ -135,21 +147,19 @@ def state_of(workdir, stage, step=4):
     return trees.flatten_names(checkpoints.restore_part(workdir / stage, step, shapes))
 
 
-def assert_same_run(workdir, other):
+def assert_same_run(workdir, other, stages=STAGES):
     ours, theirs = figures(workdir), figures(other)
-    assert ours.keys() == theirs.keys() and len(ours) >= 20
+    assert ours.keys() == theirs.keys() and len(ours) >= 10 * len(stages)
     for name, value in ours.items():
         np.testing.assert_allclose(value, theirs[name], rtol=1e-5, err_msg=str(name))
-    for stage in STAGES:
+    for stage in stages:
         left, right = state_of(workdir, stage), state_of(other, stage)
         before = state_of(workdir, stage, step=2)
         assert left.keys() == right.keys() and len(left) > 50
         moved = [np.abs(np.asarray(left[name]) - before[name]).max() for name in left]
-        assert np.median(moved) > LEARNING_RATE / 10, "hardly anything was trained"
-        apart = [np.abs(np.asarray(left[name]) - right[name]).ravel() for name in left]
-        apart = np.concatenate(apart)
-        assert apart.max() < 4 * LEARNING_RATE
-        assert np.mean(apart > LEARNING_RATE / 100) < 0.01
+        assert np.median(moved) > 1e-4, "hardly anything was trained"
+        for name, leaf in left.items():
+            np.testing.assert_allclose(leaf, right[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_two_processes_train_as_one_does(of_one, of_two):
@@ -166,7 +176,39 @@ def test_the_other_number_of_processes_goes_on(request, tmp_path, data_dir, firs
     shutil.rmtree(workdir / "diffusion" / "4")
     _, errors = train(workdir, data_dir, then)
     assert "diffusion: goes on from step 2" in errors
+    if then == 2:
+        assert compiled_in(workdir)
     assert_same_run(begun, workdir)
+
+
+@pytest.mark.slow
+def test_clip_and_a_starting_point_on_both_ways_to_split(of_one, data_dir, tmp_path):
+    """Hosts of two chips along `tensor`, each pair of which is one of `fsdp`, with accumulation."""
+    size = make_tokenizer_folder(tmp_path / "clip" / "tokenizer")
+    make_text_encoder_folder(tmp_path / "clip" / "text_encoder", size)
+    config = tmp_path / "clip.py"
+    config.write_text(
+        "from configs import base\n\ndef get_config():\n"
+        "    return base.miniature('clip', smoke=True)\n"
+    )
+    flags = (
+        f"--config={config}", f"--config.first_stage.init_from={of_one}", "--config.sample.steps=1",
+        "--config.stages=('diffusion',)", f"--config.clip.path={tmp_path / 'clip'}",
+        "--config.clip.dtype=float32", "--config.data.image_size=8", "--config.unet.channels=64",
+        f"--config.data.data_dir={data_dir}", f"--config.optimizer.learning_rate={LEARNING_RATE}",
+        "--config.optimizer.eps=1.0",
+    )  # fmt: skip
+    begun = tmp_path / "begun"
+    launch(*flags, f"--workdir={begun}", processes=1, devices=1)
+    flags += (
+        f"--config.init_from={begun}", "--config.mesh.data=1", "--config.mesh.fsdp=2",
+        "--config.mesh.tensor=2", "--config.accumulation=2",
+    )  # fmt: skip
+    for processes in (1, 2):
+        workdir = f"--workdir={tmp_path / str(processes)}"
+        _, errors = launch(*flags, workdir, processes=processes, devices=4 // processes)
+        assert f"{processes} process(es); mesh: data 1, fsdp 2, tensor 2" in errors
+    assert_same_run(tmp_path / "1", tmp_path / "2", stages=("diffusion",))
 
 
 def test_two_processes_encode_as_one_does(of_two, tmp_path):

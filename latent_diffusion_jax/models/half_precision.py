@@ -1,7 +1,7 @@
-"""Dense layers and convolutions; in bfloat16 on CPUs by what XLA has kernels for there.
+"""Dense layers and convolutions, on CPUs in the forms that XLA is fast at there.
 
-Those are products of matrices in bfloat16 that are summed in float32, as accelerators sum them:
-twice as fast as float32. There are none that sum in bfloat16, and no convolutions.
+In bfloat16 those are products of matrices in bfloat16 that are summed in float32, as accelerators
+sum them: twice as fast as float32. There are none that sum in bfloat16, and no convolutions.
 """
 
 import functools
@@ -20,15 +20,26 @@ _MATRICES = (((1,), (0,)), ((), ()))
 def dot_general(
     x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any
 ) -> jax.Array:
-    """`jax.lax.dot_general`, for `nn.Dense`; of two matrices in bfloat16 as said above."""
+    """`jax.lax.dot_general`, for `nn.Dense`; on CPUs leading axes are flattened first.
+
+    The weight gradient then contracts over one axis instead of two, which XLA's CPU backend does
+    three to four times as fast. On TPUs it would have to rearrange activations for that: a
+    transformer block's step without its attention would take 1.2 times as long.
+    """
 
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
 
     def on_cpus(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return _convolve(x[None, :, None], kernel[None, None])[0, :, 0]
+        rows = x.reshape(-1, x.shape[-1])
+        if x.dtype == jnp.bfloat16:
+            y = _convolve(rows[None, :, None], kernel[None, None])[0, :, 0]
+        else:
+            y = jax.lax.dot_general(rows, kernel, _MATRICES, **options)
+        return y.reshape(*x.shape[:-1], kernel.shape[1])
 
-    if x.dtype != jnp.bfloat16 or x.ndim != 2 or dimension_numbers != _MATRICES:
+    of_last_axis = kernel.ndim == 2 and dimension_numbers == (((x.ndim - 1,), (0,)), ((), ()))
+    if not of_last_axis or (x.ndim == 2 and x.dtype != jnp.bfloat16):
         return plain(x, kernel)
     return by_platform(x, kernel, cpu=on_cpus, default=plain)
 

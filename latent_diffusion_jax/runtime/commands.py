@@ -14,6 +14,7 @@ import ml_collections
 from absl import app, flags
 
 from latent_diffusion_jax.runtime import clusters, distributed
+from latent_diffusion_jax.runtime.compilation import use_persistent_cache
 from latent_diffusion_jax.runtime.errors import UserError
 
 
@@ -31,6 +32,7 @@ def run(main: Callable[[], None], *, alone: bool = False) -> None:
             raise UserError(f"unexpected argument {argv[1]!r}; flags start with --")
         cluster = clusters.find(*clusters.flag_values())
         if cluster is None:
+            use_persistent_cache()
             main()
             return
         if alone:

@@ -5,6 +5,7 @@ import os
 import pathlib
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 _YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 _CPU_OPTIONS = {
@@ -44,11 +45,20 @@ def _known(options: dict[str, str]) -> bool:
     return True
 
 
-def use_persistent_cache() -> None:
+def use_persistent_cache(folder: pathlib.Path | None = None) -> None:
     """Keeps compiled programs on disk from one process to the next, where nothing else is set.
 
-    In `latent_diffusion_jax` of the user's cache folder; `JAX_COMPILATION_CACHE_DIR` names another.
+    `JAX_COMPILATION_CACHE_DIR` names another folder.
+
+    Args:
+      folder: where. Of several processes the first one alone writes there, so all have to see it;
+        default `latent_diffusion_jax` of the user's cache folder.
     """
-    if jax.config.values["jax_compilation_cache_dir"] is None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        return
+    if folder is None:
         base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(base / "latent_diffusion_jax"))
+        folder = base / "latent_diffusion_jax"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # JAX looks for a folder once, when it first compiles something.
+    compilation_cache.reset_cache()

@@ -244,6 +244,25 @@ def highest(value: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.array(value))))
 
 
+def agree_to_stop(what: str, wanted: bool, step: int, notice: int) -> bool:
+    """Whether all processes stop `what` after this step; nobody waits for an answer.
+
+    A process that wants to names a later step. So that all see it in time, each asks every `notice`
+    steps, at least two, and has the results of the step before then, which need all processes.
+
+    Args:
+      what: is stopped, once.
+      wanted: by this process.
+      step: that was started last.
+      notice: steps until the one that is named.
+    """
+    client, folder = _client(), f"latent_diffusion_jax/stop/{what}/"
+    if wanted:
+        with contextlib.suppress(RuntimeError):  # somebody has named one
+            client.key_value_set(f"{folder}step", str(step + notice))
+    return any(step >= int(value) for _, value in client.key_value_dir_get(folder))
+
+
 def fetch(array: Any) -> np.ndarray:
     """A whole array on the host, also where its parts are on devices of several processes."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:

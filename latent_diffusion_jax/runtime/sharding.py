@@ -24,7 +24,8 @@ BATCH = P(("data", "fsdp"))
 
 # (pattern searched in a leaf's name, dimension that the tensor axis splits), first match wins.
 # Negative dimensions count from the end. Projections into heads split their outputs, projections
-# out of them their inputs, so that a block needs one reduction.
+# out of them their inputs, so that attention needs one reduction. A GEGLU multiplies two halves of
+# its projection, which lie on different devices then: one of them is moved.
 TENSOR_RULES = (
     (r"/to_[qkv]/dense/kernel$", -1),
     (r"/to_out/dense/kernel$", -2),

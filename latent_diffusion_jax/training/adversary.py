@@ -8,6 +8,7 @@ import optax
 
 from latent_diffusion_jax.models.discriminator import PatchDiscriminator
 from latent_diffusion_jax.runtime import trees
+from latent_diffusion_jax.runtime.sharding import gathered
 from latent_diffusion_jax.training.autoencoder_losses import (
     AutoencoderLosses,
     discriminator_loss,
@@ -32,7 +33,7 @@ class Adversary(NamedTuple):
     losses: AutoencoderLosses
 
     def logits(self, params: Params, images: jax.Array) -> jax.Array:
-        return self.network.apply({"params": params}, images)
+        return self.network.apply({"params": gathered(params, self.network.dtype)}, images)
 
     def generator_grad(self, params: Params, fake: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The generator's loss and its gradient with respect to the reconstructions."""

@@ -12,6 +12,7 @@ from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.models.discriminator import PatchDiscriminator
 from latent_diffusion_jax.runtime import trees
 from latent_diffusion_jax.runtime.images import to_float
+from latent_diffusion_jax.runtime.sharding import gathered
 from latent_diffusion_jax.training import codebook as codebooks
 from latent_diffusion_jax.training import ema
 from latent_diffusion_jax.training.adversary import Adversary, update_if
@@ -20,13 +21,14 @@ from latent_diffusion_jax.training.autoencoder_losses import (
     adaptive_weight,
     reconstruction_loss,
 )
-from latent_diffusion_jax.training.gradients import accumulate
+from latent_diffusion_jax.training.gradients import accumulate, map_parts
 from latent_diffusion_jax.training.latents import Latents
 from latent_diffusion_jax.training.optimizer import train_only
 from latent_diffusion_jax.training.state import Stage, State, sample_keys
 
 Perceptual = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
+PREVIEWS = 16  # images that are shown with their reconstructions
 TRAINED = {"all": None, "decoder": ("decoder", "post_quant_conv")}  # parts of an autoencoder
 
 
@@ -228,26 +230,30 @@ def make_stage(
         return new_state, metrics
 
     def reconstruct_mode(state: State, images: jax.Array) -> jax.Array:
-        params = (state.ema or state.params)["autoencoder"]
+        params = gathered((state.ema or state.params)["autoencoder"], autoencoder.dtype)
         return jnp.clip(autoencoder.apply({"params": params}, images), -1.0, 1.0)
 
     def eval_step(state: State, batch: Any, key: jax.Array) -> dict[str, jax.Array]:
         del key  # reconstructs from the posterior's mean
-        images = to_float(batch["image"])
-        reconstructions = reconstruct_mode(state, images)
-        difference = reconstructions - images
-        mse = jnp.mean(jnp.square(difference / 2.0), axis=(1, 2, 3))  # on [0, 1]
-        figures = {
-            "l1": jnp.mean(jnp.abs(difference), axis=(1, 2, 3)),
-            "psnr": -10.0 * jnp.log10(jnp.maximum(mse, 1e-10)),
-        }
-        if perceptual is not None:
-            figures["lpips"] = perceptual(state.frozen, images, reconstructions)
-        return figures
+
+        def figures_of(part: Any) -> dict[str, jax.Array]:
+            images = to_float(part["image"])
+            reconstructions = reconstruct_mode(state, images)
+            difference = reconstructions - images
+            mse = jnp.mean(jnp.square(difference / 2.0), axis=(1, 2, 3))  # on [0, 1]
+            figures = {
+                "l1": jnp.mean(jnp.abs(difference), axis=(1, 2, 3)),
+                "psnr": -10.0 * jnp.log10(jnp.maximum(mse, 1e-10)),
+            }
+            if perceptual is not None:
+                figures["lpips"] = perceptual(state.frozen, images, reconstructions)
+            return figures
+
+        return map_parts(figures_of, {"image": batch["image"]}, accumulation)
 
     def preview(state: State, batch: Any, key: jax.Array) -> jax.Array:
         del key
-        images = to_float(batch["image"])
+        images = to_float(batch["image"][:PREVIEWS])
         pairs = jnp.stack([images, reconstruct_mode(state, images)], axis=1)
         return pairs.reshape(-1, h, w, c)
 

@@ -22,7 +22,7 @@ from latent_diffusion_jax.runtime.images import to_float
 from latent_diffusion_jax.runtime.randomness import normal_per_key
 from latent_diffusion_jax.sampling import Draw, Request
 from latent_diffusion_jax.training import ema
-from latent_diffusion_jax.training.gradients import accumulate
+from latent_diffusion_jax.training.gradients import accumulate, map_parts
 from latent_diffusion_jax.training.state import Stage, State, sample_keys
 
 
@@ -129,8 +129,12 @@ def make_stage(
         t = jnp.asarray(spread * ldm.schedule.num_timesteps, jnp.int32)
         keys = sample_keys(key, jnp.zeros((), jnp.int32), size)
         params = state.frozen | state.ema
-        loss, parts = loss_per_example(params, batch, t, keys)
-        return {"loss": loss, **parts}
+
+        def figures_of(part: Any) -> dict[str, jax.Array]:
+            loss, parts = loss_per_example(params, part["batch"], part["t"], part["noise"])
+            return {"loss": loss, **parts}
+
+        return map_parts(figures_of, {"batch": batch, "t": t, "noise": keys}, accumulation)
 
     def preview(state: State, batch: Any, key: jax.Array) -> jax.Array:
         del batch, key

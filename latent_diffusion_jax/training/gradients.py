@@ -34,9 +34,7 @@ def accumulate(
         found, last = function(batch)
         return jax.tree.map(_wide, found), last
     function = jax.jit(function)  # traced once
-    parts = jax.tree.map(
-        lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch
-    )
+    parts = _parts(batch, count)
 
     def part(i: Any) -> Any:
         return jax.tree.map(lambda x: x[i], parts)
@@ -66,6 +64,39 @@ def accumulate(
         return jax.lax.scan(body, start, parts)[0]
 
     return by_platform(cpu=unrolled, default=looped)
+
+
+def map_parts(function: Callable[[Any], Any], batch: Any, count: int) -> Any:
+    """A function of examples by micro-batches, those of `accumulate`, which bounds its memory.
+
+    Args:
+      function: micro-batch -> a tree of arrays, a row for each example.
+      batch: a tree of arrays [B, ...].
+      count: number of micro-batches; divides B.
+
+    Returns:
+      What `function` gives for the batch.
+    """
+    if count == 1:
+        return function(batch)
+    function = jax.jit(function)  # traced once
+    parts = _parts(batch, count)
+
+    def unrolled() -> Any:
+        found = [function(jax.tree.map(lambda x, i=i: x[i], parts)) for i in range(count)]
+        return jax.tree.map(lambda *rows: jnp.stack(rows), *found)
+
+    found = by_platform(cpu=unrolled, default=lambda: jax.lax.map(function, parts))
+    return jax.tree.map(
+        lambda x: jnp.swapaxes(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), found
+    )
+
+
+def _parts(batch: Any, count: int) -> Any:
+    """[B, ...] to [count, B / count, ...]: each device keeps its own rows."""
+    return jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch
+    )
 
 
 def _wide(x: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from latent_diffusion_jax.training.speed import Profile, Speed
 from latent_diffusion_jax.training.state import Stage, State, jit_train_step
 
 PREVIEW_IMAGES, PREVIEW_COLUMNS = 32, 8
-AGREE_EVERY = 10  # steps between questions among processes whether to stop
+AGREE_EVERY = 4  # steps between looks whether another process wants to stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,32 +172,43 @@ def train_stage(
         del traced
         profile = Profile(run.workdir / "profile" / name, run.profile, start_step)
         stack.callback(profile.close)
-        step, stopped, previous = start_step, False, None
+        step, stopped = start_step, False
         unchecked: list[tuple[int, dict[str, jax.Array]]] = []  # figures of the last steps
+
+        def finish(step: int, metrics: dict[str, jax.Array]) -> None:
+            """Waits for a step, whose figures are logged when it is their turn."""
+            jax.block_until_ready(metrics)
+            unchecked.append((step, metrics))
+            if step % run.log_every and step != num_steps:
+                return
+            _check_finite(name, unchecked)
+            figures = {key: float(value) for key, value in metrics.items()}
+            measured = speed.measure(step)
+            writer.scalars(step, figures | measured, "train")
+            rate, seconds = measured["images_per_second"], measured["seconds_per_step"]
+            progress.figures(step, figures["loss"], rate, seconds)
+
         speed.restart(step)
+        running: tuple[int, dict[str, jax.Array]] | None = None  # the step that devices work on
         while step < num_steps and not stopped:
-            with profile.step(step):
+            with profile.step(step, running):
                 state, metrics = compiled(state, ahead.batch, train_key)
             step += 1
-            speed.waited += ahead.advance()  # on its way while the devices work on this step
-            # Waits for the step before, so that this one is already on its way.
-            if previous is not None:
-                jax.block_until_ready(previous)
-            previous = metrics
-            unchecked.append((step, metrics))
+            speed.waited += ahead.advance()
+            before, running = running, (step, metrics)
+            if before is not None:  # this one is on its way meanwhile
+                finish(*before)
             progress.step(step)
-            if step % run.log_every == 0 or step == num_steps:
-                _check_finite(name, unchecked)
-                figures = {key: float(value) for key, value in metrics.items()}
-                measured = speed.measure(step)
-                writer.scalars(step, figures | measured, "train")
-                rate, seconds = measured["images_per_second"], measured["seconds_per_step"]
-                progress.figures(step, figures["loss"], rate, seconds)
-            stopped = agree_to_stop(run.should_stop, step)
-            if step < num_steps and (stopped or step % run.checkpoint_every == 0):
+            stopped = agree_to_stop(run.should_stop, name, step)
+            saves = step < num_steps and (stopped or step % run.checkpoint_every == 0)
+            evaluates = step == num_steps or (step % run.eval_every == 0 and not stopped)
+            if saves or evaluates:
+                finish(*running)
+                running = None
+            if saves:
                 _check_finite(name, unchecked)
                 save(step, {})
-            if step == num_steps or (step % run.eval_every == 0 and not stopped):
+            if evaluates:
                 evaluate(step)
                 speed.restart(step)
         if step == num_steps:
@@ -251,13 +262,13 @@ class _Ahead:
         return waited
 
 
-def agree_to_stop(should_stop: Callable[[], bool], step: int) -> bool:
-    """Whether to stop now; processes ask each other, so that all stop at the same step."""
+def agree_to_stop(should_stop: Callable[[], bool], name: str, step: int) -> bool:
+    """Whether to stop stage `name` after this step; all processes stop after the same one."""
     if distributed.num_processes() == 1:
         return should_stop()
     if step % AGREE_EVERY:
         return False
-    return bool(distributed.highest(should_stop()))
+    return distributed.agree_to_stop(name, should_stop(), step, AGREE_EVERY)
 
 
 def _check_finite(name: str, unchecked: list[tuple[int, dict[str, jax.Array]]]) -> None:

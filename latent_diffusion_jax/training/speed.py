@@ -3,6 +3,7 @@
 import contextlib
 import pathlib
 import time
+from typing import Any
 
 import jax
 from absl import logging
@@ -58,12 +59,18 @@ class Profile:
         self._on = False
 
     @contextlib.contextmanager
-    def step(self, step: int):
-        """Around the step that follows step `step`."""
+    def step(self, step: int, before: Any = None):
+        """Around the step that follows step `step`.
+
+        `before` is what that step gave. A trace begins and ends when it is there, so that what is
+        in it are whole steps.
+        """
         if self._first <= step < self._last and not self._on:
+            jax.block_until_ready(before)
             jax.profiler.start_trace(str(self._folder))
             self._on = True
         if self._on and step >= self._last:
+            jax.block_until_ready(before)
             self.close()
         with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
             yield

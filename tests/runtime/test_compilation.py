@@ -16,6 +16,25 @@ def forget():
     compilation.compiler_options.cache_clear()
 
 
+def test_compiled_programs_are_kept_where_they_are_told(tmp_path, monkeypatch):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    try:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        for place, folder in (("a", tmp_path / "a"), ("user/latent_diffusion_jax", None)):
+            jax.config.update("jax_compilation_cache_dir", None)
+            compilation.use_persistent_cache(folder)
+            compilation.use_persistent_cache(tmp_path / "not looked at")
+            jax.jit(lambda x: 2 * x)(1.0)
+            assert list((tmp_path / place).iterdir())
+        assert not (tmp_path / "not looked at").exists()
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation.compilation_cache.reset_cache()
+
+
 def test_convolutions_on_cpus_are_not_handed_on():
     def convolve(x, kernel):
         numbers = ("NHWC", "HWIO", "NHWC")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from latent_diffusion_jax.runtime import distributed
+from tests import launcher
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -58,15 +59,9 @@ commands.run(main)
 WAIT = "distributed.wait_for_all('end')"
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 def start(main: str, before: str = "", processes=(0, 1), **variables: str):
     """The processes with these numbers, of two."""
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{launcher.load().free_port()}"
     return [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM.format(main=main, before=before)],
@@ -117,6 +112,18 @@ def test_processes_share_values():
         print("in", me, file=sys.stderr)
 """
     assert run(main) == [(0, ["in 0"]), (0, ["in 1"])]
+
+
+def test_all_stop_after_the_same_step():
+    main = """
+    for step in range(4, 100, 4):
+        distributed.wait_for_all("step")
+        wanted = step >= (8 if me else 12)
+        if distributed.agree_to_stop("x", wanted, step, 4):
+            break
+    print(step, distributed.agree_to_stop("y", False, 99, 4), file=sys.stderr)
+"""
+    assert run(main) == [(0, ["12 False"])] * 2
 
 
 def test_an_error_of_one_process_ends_the_others():

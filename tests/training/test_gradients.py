@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion_jax.training.gradients import accumulate, run_if
+from latent_diffusion_jax.training.gradients import accumulate, map_parts, run_if
 
 
 @pytest.fixture(params=["cpu", "default"])
@@ -53,6 +53,18 @@ def test_gradients_over_micro_batches_are_those_of_the_batch(platform):
     parts, nothing = jax.jit(lambda batch: accumulate(gradient, batch, 4))(batch)
     np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-7)
     assert nothing == ()
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_rows_of_micro_batches_are_those_of_the_batch(platform, count):
+    def figures(part):
+        assert part["x"].shape == (6 // count, 3)
+        return {"sum": jnp.sum(part["x"], axis=1), "row": part["row"]}
+
+    batch = draw(6)
+    found = jax.jit(lambda batch: map_parts(figures, batch, count))(batch)
+    np.testing.assert_array_equal(found["row"], batch["row"])
+    np.testing.assert_allclose(found["sum"], batch["x"].sum(1), rtol=1e-6)
 
 
 def test_keys_are_split_like_other_arrays(platform):
