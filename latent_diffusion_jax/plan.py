@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 from absl import flags
-from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
@@ -28,7 +27,7 @@ from latent_diffusion_jax.config_checks import check_config
 from latent_diffusion_jax.planning import programs, report, search
 from latent_diffusion_jax.planning.compiled import Compiled, compile_program
 from latent_diffusion_jax.planning.topologies import open_topology
-from latent_diffusion_jax.runtime import sharding
+from latent_diffusion_jax.runtime import saved_programs, sharding
 from latent_diffusion_jax.runtime.commands import run
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
 
@@ -97,7 +96,7 @@ def plan(
             total = change[1].memory.total / report.GIB
             print(f"  it fits with {change[0]} ({total:.2f} GiB)", flush=True)
     if save is not None and found.executable is not None:
-        _save(found, save / f"{name}_{topology.replace(':', '_').replace('*', '_')}")
+        _save(found, save / topology.replace(":", "_").replace("*", "_") / name)
     return report.as_row(topology, found, largest)
 
 
@@ -136,16 +135,13 @@ def _section(config: ConfigDict, name: str) -> ConfigDict:
 
 
 def _save(found: Compiled, path: pathlib.Path) -> None:
-    """Writes a compiled program, for the machine it was compiled for with this version of JAX, and
-    its text for whoever wants to know more."""
-    payload, _, _ = serialize_executable.serialize(found.executable)
+    """Writes a compiled program, and its text for whoever wants to know more."""
+    size = saved_programs.save(path, found.lowered, found.executable)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(payload)
         path.with_suffix(".txt").write_text(found.text)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
-    print(f"  compiled program: {path}, {len(payload) / report.GIB * 1024:.1f} MiB", flush=True)
+    print(f"  compiled program: {path}, {size / report.GIB * 1024:.1f} MiB", flush=True)
 
 
 def _write(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
@@ -171,7 +167,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_labels", 1_000, "Of the data, with conditioning 'class'.")
     flags.DEFINE_enum("dtype", "float32", sorted(build.DTYPES), "Of sample, as its --dtype.")
     flags.DEFINE_bool("search", True, "Look for the largest batch, or for what makes it fit.")
-    flags.DEFINE_string("save", None, "Folder that compiled programs are written to.")
+    flags.DEFINE_string("save", None, "Folder for compiled programs, TOPOLOGY/PROGRAM.")
     flags.DEFINE_string("json", None, "File that all figures are written to.")
     flags.mark_flags_as_required(["config", "topology"])
 

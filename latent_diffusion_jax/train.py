@@ -67,8 +67,11 @@ def train(
     config: ConfigDict,
     workdir: str | pathlib.Path,
     should_stop: Callable[[], bool] = lambda: False,
+    compiled: pathlib.Path | None = None,
 ) -> bool:
     """Trains all stages; False where `should_stop` ended it early, with everything saved.
+
+    `compiled` is a folder of train steps that `plan --save` has written.
 
     Raises:
       UserError: the config, the data, the devices or the workdir do not fit, found before the
@@ -143,6 +146,7 @@ def train(
         checkpoint_every=config.checkpoint_every,
         keep_checkpoints=config.keep_checkpoints,
         profile=(config.profile.after, config.profile.steps),
+        compiled=compiled,
     )
     log_summary(shared, config, shapes)
     if start is not None and "first_stage" not in unfinished:
@@ -344,6 +348,7 @@ def train_diffusion(
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Config file, then overrides.")
     flags.DEFINE_string("workdir", None, "Folder of checkpoints and logs.")
+    flags.DEFINE_string("compiled", None, "Folder of train steps compiled by `plan --save`.")
     flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -351,7 +356,8 @@ def main() -> None:
     keep_freed_memory()
     loggers.set_up_logging()
     with StopRequest() as stop:
-        finished = train(FLAGS.config, FLAGS.workdir, stop)
+        compiled = pathlib.Path(FLAGS.compiled).expanduser() if FLAGS.compiled else None
+        finished = train(FLAGS.config, FLAGS.workdir, stop, compiled)
     status = distributed.highest(stop.exit_status)  # a signal may have reached one process
     sys.exit(0 if finished else status)
 

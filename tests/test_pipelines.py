@@ -64,8 +64,11 @@ def draw_theirs(pipeline, prompts=1, noise=NOISE[:1], **options):
     ).images
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
-@pytest.mark.parametrize("version", ["first", "second"])
+@pytest.mark.parametrize(
+    ("version", "guidance_scale"),
+    [("first", 7.5), ("second", 1.0), *(pytest.param(*other, marks=pytest.mark.slow)
+     for other in (("first", 1.0), ("second", 7.5)))],
+)  # fmt: skip
 def test_txt2img_equals_diffusers(version, guidance_scale, request):
     folder, reference = request.getfixturevalue(version)
     pipe = latent_diffusion_jax.load(folder)

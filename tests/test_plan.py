@@ -51,8 +51,8 @@ def test_a_program_is_kept(tmp_path):
         f"--save={tmp_path}",
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "sample_v5e_2x2").stat().st_size > 1000
-    assert "ENTRY" in (tmp_path / "sample_v5e_2x2.txt").read_text()
+    assert (tmp_path / "v5e_2x2" / "sample").stat().st_size > 1000
+    assert "ENTRY" in (tmp_path / "v5e_2x2" / "sample.txt").read_text()
 
 
 @pytest.mark.slow  # three compilations

@@ -43,7 +43,8 @@ def draw_theirs(pipeline, noise=NOISE, **options):
 
 
 @pytest.mark.parametrize(
-    ("version", "prediction_type"), [(1, "epsilon"), (2, "v_prediction"), (2, "sample")]
+    ("version", "prediction_type"),
+    [(1, "epsilon"), (2, "v_prediction"), pytest.param(2, "sample", marks=pytest.mark.slow)],
 )
 def test_stable_diffusion_to_diffusers_and_back(version, prediction_type, tmp_path):
     make_pipeline(tmp_path / "in", version=version, prediction_type=prediction_type)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from latent_diffusion_jax.runtime import checkpoints
+from latent_diffusion_jax.planning import programs
+from latent_diffusion_jax.runtime import checkpoints, saved_programs, sharding
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.train import train
 
@@ -254,3 +255,20 @@ def test_a_loss_that_is_not_finite_is_never_saved(smoke_config, tmp_path):
     if step is not None:
         leaves = final_state(tmp_path / "run", "first_stage")
         assert step < 40 and leaves
+
+
+def test_the_step_that_was_planned_is_the_one_that_runs(smoke_config, tmp_path):
+    """Compiled from shapes alone, for the devices that are here."""
+    smoke_config.stages = ("first_stage",)
+    smoke_config.first_stage.num_steps = smoke_config.log_every = 1
+    mesh = sharding.make_mesh(dict(smoke_config.mesh))
+    batch_size = smoke_config.first_stage.batch_size
+    program = programs.make(smoke_config, "first_stage", mesh, batch_size, num_labels=0)
+    with jax.set_mesh(mesh):
+        lowered = program.trace().lower()
+    saved_programs.save(tmp_path / "here" / "first_stage", lowered, lowered.compile())
+    assert train(smoke_config, tmp_path / "run", compiled=tmp_path / "here")
+    assert checkpoints.latest_step(tmp_path / "run" / "first_stage") == 1
+    smoke_config.first_stage.loss.kl_weight = 0.5
+    with pytest.raises(UserError, match="compiled from another config"):
+        train(smoke_config, tmp_path / "other", compiled=tmp_path / "here")

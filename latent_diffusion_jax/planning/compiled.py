@@ -58,6 +58,7 @@ class Compiled:
       cost: on each chip; None where the program does not fit or nobody asked.
       executable: None where it does not fit.
       text: of the compiled program.
+      lowered: what it was compiled from.
     """
 
     program: Program
@@ -68,6 +69,7 @@ class Compiled:
     cost: Cost | None
     executable: Any
     text: str = ""
+    lowered: Any = None
 
     @property
     def images_per_second(self) -> float:
@@ -124,7 +126,7 @@ def compile_program(
     )
     memory = Memory(program.resident, float(own), slices.chip.memory)
     cost = costs.estimate(hlo.parse(text), slices, program.rounds) if with_cost else None
-    return Compiled(program, slices, memory, seconds, flops, cost, executable, text)
+    return Compiled(program, slices, memory, seconds, flops, cost, executable, text, lowered)
 
 
 def _compile(lowered: Any, options: dict[str, Any]) -> tuple[Any, str]:

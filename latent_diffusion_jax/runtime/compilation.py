@@ -1,6 +1,7 @@
 """How whole programs are compiled."""
 
 import functools
+import logging
 import os
 import pathlib
 
@@ -61,4 +62,5 @@ def use_persistent_cache(folder: pathlib.Path | None = None) -> None:
         folder = base / "latent_diffusion_jax"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # JAX looks for a folder once, when it first compiles something.
+    logging.getLogger("jax._src.compilation_cache").setLevel(logging.WARNING)
     compilation_cache.reset_cache()

@@ -14,7 +14,14 @@ from absl import logging
 from jax.sharding import Mesh
 
 from latent_diffusion_jax.data import pipeline
-from latent_diffusion_jax.runtime import checkpoints, distributed, images, loggers, sharding
+from latent_diffusion_jax.runtime import (
+    checkpoints,
+    distributed,
+    images,
+    loggers,
+    saved_programs,
+    sharding,
+)
 from latent_diffusion_jax.runtime.compilation import compiler_options
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.flops import traced_flops
@@ -44,6 +51,7 @@ class Run:
       checkpoint_every: steps.
       keep_checkpoints: of each stage.
       profile: steps of a trace for XProf: the first after the start of a run, and their number.
+      compiled: folder of train steps that were compiled elsewhere, by the stages' names.
     """
 
     workdir: pathlib.Path
@@ -60,6 +68,7 @@ class Run:
     checkpoint_every: int
     keep_checkpoints: int
     profile: tuple[int, int] = (0, 0)
+    compiled: pathlib.Path | None = None
 
 
 def train_stage(
@@ -164,12 +173,18 @@ def train_stage(
             items = {"data": ahead.position, "config": run.config, "info": info, **kept}
             checkpoints.save(manager, step, state.replace(frozen=None), items)
 
-        logging.info("%s: compiling the train step", name)
         ahead = _Ahead(loader, lambda rows: sharding.put_batch(rows, mesh, batch_size))
         traced = train_step.trace(state, ahead.batch, train_key)
         speed = Speed(batch_size, traced_flops(traced.jaxpr), mesh)
-        compiled = traced.lower().compile()
-        del traced
+        lowered = traced.lower()
+        if run.compiled is None:
+            logging.info("%s: compiling the train step", name)
+            compiled = lowered.compile()
+        else:
+            path, devices = run.compiled / name, list(mesh.devices.flat)
+            compiled = saved_programs.load(path, lowered, devices)
+            logging.info("%s: the train step is that of %s", name, path)
+        del traced, lowered
         profile = Profile(run.workdir / "profile" / name, run.profile, start_step)
         stack.callback(profile.close)
         step, stopped = start_step, False

@@ -273,7 +273,9 @@ def test_tpu_programs_keep_a_batch_spread(tpu_topology, attention):
     assert not re.search("all-gather|all-to-all|all-reduce|collective-permute", text)
 
 
-@pytest.mark.parametrize("precision", ["default", "high", "highest"])
+@pytest.mark.parametrize(
+    "precision", ["default", "high", pytest.param("highest", marks=pytest.mark.slow)]
+)
 def test_the_kernel_takes_any_precision_that_is_asked_for(tpu_topology, precision):
     """Pallas has no products in three passes."""
     (device,) = tpu_topology("v5e:1x1")

@@ -153,8 +153,8 @@ def whole_step():
 @pytest.mark.parametrize(
     ("data", "fsdp", "tensor", "accumulation"),
     [
-        (1, 8, 1, 1),
         (2, 2, 2, 2),
+        pytest.param(1, 8, 1, 1, marks=pytest.mark.slow),
         pytest.param(8, 1, 1, 1, marks=pytest.mark.slow),
         pytest.param(2, 1, 4, 1, marks=pytest.mark.slow),
     ],
