@@ -35,43 +35,62 @@ class Case:
       program: `first_stage`, `diffusion` or `sample`.
       topology: as --topology takes it.
       overrides: of the config.
+      dtype: of the sampler.
     """
 
     config: str
     program: str
     topology: str
     overrides: tuple[str, ...] = ()
+    dtype: str = "float32"
 
     def command(self, json_file: pathlib.Path) -> list[str]:
         return [
             sys.executable, "-m", "latent_diffusion_jax.plan", "--nosearch",
             f"--config=configs/{self.config}", f"--topology={self.topology}",
-            f"--programs={self.program}", f"--json={json_file}",
+            f"--programs={self.program}", f"--dtype={self.dtype}", f"--json={json_file}",
             *(f"--config.{override}" for override in self.overrides),
         ]  # fmt: skip
 
 
 LATENTS = "data.latents=encoded"
+AT_ONCE = ("accumulation=1", LATENTS)
 CASES = {
     # 16 chips of 16 GiB: the parameters are split over all of them. With fewer than 8 images a chip
     # the compiler cuts images into strips that overlap, and computes an eighth more.
-    "sd15_train": Case("stable_diffusion.py", "diffusion", "v5e:4x4", ("batch_size=128", LATENTS)),
-    "sd15_sample": Case("stable_diffusion.py", "sample", "v5e:1x1"),
+    "sd15_train": Case("stable_diffusion.py", "diffusion", "v5e:4x4", ("batch_size=128", *AT_ONCE)),
+    # The config as it is: images, 2,048 of them in 16 parts.
+    "sd15_shipped": Case("stable_diffusion.py", "diffusion", "v5e:4x4"),
+    "sd21_shipped": Case("stable_diffusion.py:v2", "diffusion", "v5e:4x4"),
+    "sd15_sample": Case("stable_diffusion.py", "sample", "v5e:1x1", dtype="bfloat16"),
     # As many images a chip on 16 times as many: whether speed goes along.
     "sd15_train_256": Case(
         "stable_diffusion.py",
         "diffusion",
         "v5e:16x16",
-        ("batch_size=2048", "mesh.data=16", "mesh.fsdp=16", LATENTS),
+        ("batch_size=2048", "mesh.data=16", "mesh.fsdp=16", *AT_ONCE),
     ),
     # What MaxDiffusion measured: 86.4 images/s/chip, 45 % MFU.
     "sd2_train": Case(
-        "stable_diffusion.py:v2_base", "diffusion", "v5p:2x2x2", ("batch_size=512", LATENTS)
+        "stable_diffusion.py:v2_base", "diffusion", "v5p:2x2x2", ("batch_size=512", *AT_ONCE)
+    ),
+    # How the time to compile grows with the network: half as wide, and half as many blocks a level.
+    "sd15_train_narrow": Case(
+        "stable_diffusion.py",
+        "diffusion",
+        "v5e:4x4",
+        ("batch_size=128", "unet.channels=160", *AT_ONCE),
+    ),
+    "sd15_train_shallow": Case(
+        "stable_diffusion.py",
+        "diffusion",
+        "v5e:4x4",
+        ("batch_size=128", "unet.num_res_blocks=1", *AT_ONCE),
     ),
     "kl_f8": Case("autoencoder_kl.py:f8", "first_stage", "v5e:2x2"),
     "vq_f4": Case("autoencoder_vq.py:f4", "first_stage", "v5e:2x2"),
     "txt2img": Case("txt2img.py:paper", "diffusion", "v5e:4x4", (LATENTS,)),
-    "txt2img_sample": Case("txt2img.py:paper", "sample", "v5e:1x1"),
+    "txt2img_sample": Case("txt2img.py:paper", "sample", "v5e:1x1", dtype="bfloat16"),
 }
 
 

@@ -7,7 +7,9 @@ r"""Stable Diffusion 1.x and 2.x: a UNet on the latents and the frozen text enco
 CHECKPOINT is a folder of diffusers. With init_from the UNet starts from its weights (finetuning),
 without from fresh ones; first stage and text encoder always come from it and stay as they are.
 Parameters, their average and the optimizer's moments are split over all devices, as they do not fit
-one of 16 GiB; on 256, --config.mesh.data=16 --config.mesh.fsdp=16 gathers over fewer.
+one of 16 GiB, and batches of 2,048 are worked on in 16 parts: 8 images a chip on 16 chips (v5e:4x4).
+On 256, --config.mesh.data=16 --config.mesh.fsdp=16 gathers over fewer, and --config.accumulation=1
+has 8 images a chip at once.
 
 Variants, as in --config=configs/stable_diffusion.py:VARIANT
   v1        (default) 512x512, 860 million parameters in the UNet
@@ -33,7 +35,7 @@ def get_config(variant: str = "v1") -> ConfigDict:
     config.data.caption_key = "captions"
     config.data.image_size = 768 if variant == "v2" else 512
     config.data.random_flip = False
-    config.batch_size, config.num_steps = 2_048, 225_000
+    config.batch_size, config.accumulation, config.num_steps = 2_048, 16, 225_000
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.sample.guidance_scale = 7.5
     config.sample.batch_size = 4
