@@ -7,9 +7,9 @@ r"""Stable Diffusion 1.x and 2.x: a UNet on the latents and the frozen text enco
 CHECKPOINT is a folder of diffusers. With init_from the UNet starts from its weights (finetuning),
 without from fresh ones; first stage and text encoder always come from it and stay as they are.
 Parameters, their average and the optimizer's moments are split over all devices, as they do not fit
-one of 16 GiB, and batches of 2,048 are worked on in 16 parts: 8 images a chip on 16 chips (v5e:4x4).
-On 256, --config.mesh.data=16 --config.mesh.fsdp=16 gathers over fewer, and --config.accumulation=1
-has 8 images a chip at once.
+one of 16 GiB, and batches of 2,048 are worked on in 16 parts: 8 images a chip on v5e:4x4.
+On 256 chips, --config.mesh.data=16 --config.mesh.fsdp=16 gathers over fewer, and
+--config.accumulation=1 is 8 images a chip at once.
 
 Variants, as in --config=configs/stable_diffusion.py:VARIANT
   v1        (default) 512x512, 860 million parameters in the UNet

@@ -20,7 +20,7 @@ def planned(variant: str, program: str, topology: str, images: int = 1, **mesh: 
     """The row of a plan, of `images` on each chip, with latents encoded before."""
     chips = len(tpu_devices(topology))
     config = stable_diffusion.get_config(variant)
-    config.data.latents = "encoded before"
+    config.data.latents, config.accumulation = "encoded before", 1
     config.mesh.update(mesh)
     config.batch_size = images * chips
     check(config)
@@ -41,8 +41,19 @@ def test_its_step_computes_little_beside_the_model():
     assert train_on_16()["FLOP/model"] <= 1.1
 
 
-def test_stable_diffusion_samples_on_one_v5e():
-    row = planned("v1", "sample", "v5e:1x1")
+def test_its_config_fits_as_it_is():
+    config = stable_diffusion.get_config("v1")
+    check(config)
+    row = plan(config, "v5e:4x4", "diffusion", searched=False)
+    assert row["fits"] and row["images/chip"] == 128
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stable_diffusion_samples_on_one_v5e(dtype):
+    tpu_devices("v5e:1x1")
+    config = stable_diffusion.get_config("v1")
+    check(config)
+    row = plan(config, "v5e:1x1", "sample", dtype=dtype, searched=False)
     assert row["fits"] and row["HBM GiB"] < 15.75
 
 
