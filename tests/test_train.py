@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import tokenizers
 
+import latent_diffusion_jax
+from configs import pixel
 from latent_diffusion_jax.planning import programs
 from latent_diffusion_jax.runtime import checkpoints, saved_programs, sharding
 from latent_diffusion_jax.runtime.errors import UserError
@@ -96,6 +98,29 @@ def test_stopped_and_resumed_is_bit_identical(trained_workdir, smoke_config, tmp
     rows = map(json.loads, (tmp_path / "metrics.jsonl").open())
     steps = [(row["stage"], row["step"]) for row in rows if "train/loss" in row]
     assert len(steps) == len(set(steps)), "a step was logged twice"
+
+
+@pytest.mark.slow  # steps in halves are tested in test_diffusion_stage.py
+def test_parameters_in_bfloat16_are_kept_and_drawn_with(data_dir, tmp_path):
+    config = pixel.get_config("smoke")
+    config.data.data_dir = data_dir
+    config.param_dtype = config.ema_dtype = config.optimizer.mu_dtype = "bfloat16"
+    assert not train(config, tmp_path / "stopped", stop_after(4))
+    for name in ("stopped", "whole"):
+        assert train(config, tmp_path / name)
+    assert_same_state(tmp_path / "whole", tmp_path / "stopped", "diffusion")
+    dtypes = {
+        name: leaf.dtype.name
+        for name, leaf in final_state(tmp_path / "whole", "diffusion").items()
+        if leaf.ndim
+    }
+    halves = {name for name, dtype in dtypes.items() if dtype == "bfloat16"}
+    assert all(name in halves for name in dtypes if "params" in name or "ema" in name)
+    assert any("opt" in name for name in halves) and any(
+        "opt" in name for name in dtypes.keys() - halves
+    )
+    images = latent_diffusion_jax.load(tmp_path / "whole")(label=[3, 7], seed=0)
+    assert images.shape == (2, 32, 32, 3) and images.std() > 1
 
 
 @pytest.mark.slow  # stopped runs, which go on in the same way, are tested above
