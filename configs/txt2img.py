@@ -28,4 +28,5 @@ def get_config(variant: str = "digits") -> ConfigDict:
     first.autoencoder.embed_dim = 4
     first.autoencoder.channel_multipliers = (1, 2, 4, 4)  # f = 8
     base.second_stage(config, "text")
+    config.mesh.data, config.mesh.fsdp = 1, -1  # the state of 1.5 billion parameters, split
     return config

@@ -197,6 +197,7 @@ def test_clip_and_a_starting_point_on_both_ways_to_split(of_one, data_dir, tmp_p
         "--config.clip.dtype=float32", "--config.data.image_size=8", "--config.unet.channels=64",
         f"--config.data.data_dir={data_dir}", f"--config.optimizer.learning_rate={LEARNING_RATE}",
         "--config.optimizer.eps=1.0",
+        "--config.first_stage.autoencoder.channel_multipliers=(1,2)",
     )  # fmt: skip
     begun = tmp_path / "begun"
     launch(*flags, f"--workdir={begun}", processes=1, devices=1)
