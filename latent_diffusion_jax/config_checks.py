@@ -81,6 +81,7 @@ VQ_ONLY = ("first_stage.autoencoder.codebook_size", "first_stage.codebook.")
 BELOW_ONE = ("first_stage.ema_decay", "first_stage.codebook.decay", "unet.dropout")
 NOT_NEGATIVE = (
     "seed",
+    "max_skipped_steps",
     "unet.num_heads",
     "unet.head_dim",
     "data.check_images",

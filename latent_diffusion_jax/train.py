@@ -51,6 +51,7 @@ FREE_KEYS = (
     "eval_examples",
     "checkpoint_every",
     "keep_checkpoints",
+    "max_skipped_steps",
     "profile.",
     "sample.",
     "num_steps",
@@ -145,6 +146,7 @@ def train(
         eval_examples=config.eval_examples,
         checkpoint_every=config.checkpoint_every,
         keep_checkpoints=config.keep_checkpoints,
+        max_skipped_steps=config.max_skipped_steps,
         profile=(config.profile.after, config.profile.steps),
         compiled=compiled,
     )

@@ -215,7 +215,7 @@ def make_stage(
                     inputs | {"key": other_keys},
                     accumulation,
                 )
-            metrics |= figures
+            metrics |= figures | {"d_grad_norm": optax.tree.norm(d_grads)}
             averages |= adversary.update_averages(averages, figures, started)
             params["discriminator"], opts["discriminator"] = update_if(
                 *(started, optimizers["discriminator"]),

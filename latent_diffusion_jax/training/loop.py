@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,8 +24,8 @@ from latent_diffusion_jax.runtime import (
     sharding,
 )
 from latent_diffusion_jax.runtime.compilation import compiler_options
-from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.flops import traced_flops
+from latent_diffusion_jax.training.skipped import SkippedSteps, finite
 from latent_diffusion_jax.training.speed import Profile, Speed
 from latent_diffusion_jax.training.state import Stage, State, jit_train_step
 
@@ -50,6 +51,7 @@ class Run:
       eval_examples: held-out examples to use.
       checkpoint_every: steps.
       keep_checkpoints: of each stage.
+      max_skipped_steps: in a row; one more stops the run.
       profile: steps of a trace for XProf: the first after the start of a run, and their number.
       compiled: folder of train steps that were compiled elsewhere, by the stages' names.
     """
@@ -67,6 +69,7 @@ class Run:
     eval_examples: int
     checkpoint_every: int
     keep_checkpoints: int
+    max_skipped_steps: int = 0
     profile: tuple[int, int] = (0, 0)
     compiled: pathlib.Path | None = None
 
@@ -188,20 +191,26 @@ def train_stage(
         profile = Profile(run.workdir / "profile" / name, run.profile, start_step)
         stack.callback(profile.close)
         step, stopped = start_step, False
-        unchecked: list[tuple[int, dict[str, jax.Array]]] = []  # figures of the last steps
+        skipped = SkippedSteps(name, batch_size, run.max_skipped_steps)
+        unread: list[tuple[int, dict[str, jax.Array]]] = []  # figures of the last steps
+
+        def read() -> None:
+            skipped.look(jax.device_get(unread))
+            unread.clear()
 
         def finish(step: int, metrics: dict[str, jax.Array]) -> None:
             """Waits for a step, whose figures are logged when it is their turn."""
             jax.block_until_ready(metrics)
-            unchecked.append((step, metrics))
+            unread.append((step, metrics))
             if step % run.log_every and step != num_steps:
                 return
-            _check_finite(name, unchecked)
-            figures = {key: float(value) for key, value in metrics.items()}
+            read()
+            figures = finite({key: float(value) for key, value in metrics.items()})
+            figures["skipped"], skipped.count = float(skipped.count), 0
             measured = speed.measure(step)
             writer.scalars(step, figures | measured, "train")
             rate, seconds = measured["images_per_second"], measured["seconds_per_step"]
-            progress.figures(step, figures["loss"], rate, seconds)
+            progress.figures(step, figures.get("loss", math.nan), rate, seconds)
 
         speed.restart(step)
         running: tuple[int, dict[str, jax.Array]] | None = None  # the step that devices work on
@@ -221,7 +230,7 @@ def train_stage(
                 finish(*running)
                 running = None
             if saves:
-                _check_finite(name, unchecked)
+                read()
                 save(step, {})
             if evaluates:
                 evaluate(step)
@@ -284,20 +293,3 @@ def agree_to_stop(should_stop: Callable[[], bool], name: str, step: int) -> bool
     if step % AGREE_EVERY:
         return False
     return distributed.agree_to_stop(name, should_stop(), step, AGREE_EVERY)
-
-
-def _check_finite(name: str, unchecked: list[tuple[int, dict[str, jax.Array]]]) -> None:
-    """Empties the list of figures, by step, after a look for the first that is not a number.
-
-    Raises:
-      UserError: there is one; names the step and the terms.
-    """
-    for step, metrics in jax.device_get(unchecked):
-        broken = [f"{term}={value}" for term, value in metrics.items() if not np.isfinite(value)]
-        if broken:
-            raise UserError(
-                f"{name}: {', '.join(broken)} at step {step}; this run cannot go on (its last "
-                "checkpoint, from before that, is kept). Try a lower learning rate in another "
-                "--workdir"
-            )
-    unchecked.clear()

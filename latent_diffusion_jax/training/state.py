@@ -1,5 +1,6 @@
 """The state of a training stage, and randomness that does not depend on the topology."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -34,6 +35,9 @@ class State:
     averages: Any = None
 
 
+TrainStep = Callable[[State, Any, jax.Array], tuple[State, dict[str, jax.Array]]]
+
+
 class Stage(NamedTuple):
     """What the training loop knows of a stage: a few pure functions.
 
@@ -45,7 +49,7 @@ class Stage(NamedTuple):
     """
 
     init: Callable[[jax.Array], State]
-    train_step: Callable[[State, Any, jax.Array], tuple[State, dict[str, jax.Array]]]
+    train_step: TrainStep
     eval_step: Callable[[State, Any, jax.Array], dict[str, jax.Array]]
     preview: Callable[[State, Any, jax.Array], jax.Array]
 
@@ -55,16 +59,39 @@ def jit_train_step(
 ) -> Any:
     """A stage's train step over a mesh; the state that it is given is gone afterwards.
 
+    A step with a figure that is not finite, a loss or a gradient's norm, changes nothing but the
+    number of steps: see `finite_steps_alone`.
+
     It is traced, and compiled, with the mesh in context (`jax.set_mesh`).
     """
     everywhere = sharding.replicated(mesh)
     return jax.jit(
-        stage.train_step,
+        finite_steps_alone(stage.train_step),
         in_shardings=(state_shardings, sharding.batch_sharding(mesh), everywhere),
         out_shardings=(state_shardings, everywhere),
         donate_argnums=0,
         compiler_options=options,
     )
+
+
+def finite_steps_alone(train_step: TrainStep) -> TrainStep:
+    """A train step that leaves the state as it was where one of its figures is not finite.
+
+    All devices decide alike, as figures are of the whole batch. Its number goes up all the same, so
+    that the next step has another batch. The figure `skipped` is 1 then, else 0.
+    """
+
+    @functools.wraps(train_step)
+    def run(state: State, batch: Any, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        new, metrics = train_step(state, batch, key)
+        finite = jnp.all(jnp.stack([jnp.isfinite(value) for value in metrics.values()]))
+        kept = dataclasses.replace(state, step=new.step, frozen=None)
+        new = dataclasses.replace(new, frozen=None)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
+        metrics = metrics | {"skipped": 1.0 - finite.astype(jnp.float32)}
+        return dataclasses.replace(new, frozen=state.frozen), metrics
+
+    return run
 
 
 def with_precision(stage: Stage, precision: str, dtype: Any) -> Stage:
