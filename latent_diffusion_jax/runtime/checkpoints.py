@@ -10,12 +10,14 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.trees import flatten_names
 
+NAMED = 50  # arrays that an error names; more are counted
 JSON_ITEMS = ("data", "config", "info", "tokenizer", "labels")
 
 
@@ -74,12 +76,45 @@ def restore_state(manager: Any, step: int, shapes: Any) -> Any:
       shapes: tree of ShapeDtypeStruct with shardings, what the state has to look like.
 
     Raises:
-      UserError: it looks otherwise, or is damaged.
+      UserError: it looks otherwise: every array that is missing, not asked for or of another shape
+        or dtype is named; or it is damaged, and the one before is named where there is one.
     """
     try:
-        return _read(manager, step, shapes)
+        found = _problems(manager, step, shapes)
+        if not found:
+            return _read(manager, step, shapes)
     except Exception as error:  # Orbax raises many kinds
         raise UserError(_damaged(manager, step, error)) from error
+    raise UserError(_misfit(manager, step, found))
+
+
+def _problems(manager: Any, step: int, shapes: Any) -> list[str]:
+    """How a checkpoint's arrays differ from those of a whole state."""
+    saved, wanted = _saved(manager, step), flatten_names(shapes)
+    found = [f"no {name}" for name in wanted if name not in saved]
+    found += [f"{name}, which nothing asks for" for name in saved if name not in wanted]
+    return found + [
+        f"{name} {_described(saved[name])} in place of {_described(leaf)}"
+        for name, leaf in wanted.items()
+        if name in saved and _described(saved[name]) != _described(leaf)
+    ]
+
+
+def _saved(manager: Any, step: int) -> dict[str, Any]:
+    """What arrays a checkpoint has, by name."""
+    return flatten_names(manager.item_metadata(step)["state"].tree)
+
+
+def _described(leaf: Any) -> str:
+    return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _misfit(manager: Any, step: int, problems: list[str]) -> str:
+    more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+    return (
+        f"cannot restore checkpoint {manager.directory}/{step}: it is not that of this config; it "
+        f"has {', '.join(problems[:NAMED])}{more}"
+    )
 
 
 def _read(manager: Any, step: int, shapes: Any, **options: bool) -> Any:
@@ -89,22 +124,25 @@ def _read(manager: Any, step: int, shapes: Any, **options: bool) -> Any:
 
 
 def restore_part(directory: pathlib.Path, step: int, shapes: dict[str, Any]) -> dict[str, Any]:
-    """Some top-level entries of a checkpoint's state, such as {"ema": ...}, and nothing else."""
+    """Some top-level entries of a checkpoint's state, such as {"ema": ...}, and nothing else.
+
+    Dtypes become those that are asked for. Errors are those of `restore_state`, but for arrays that
+    nobody asks for.
+    """
     with open_manager(directory) as manager:
         try:
-            part = _read(manager, step, shapes, partial_restore=True)
+            saved, wanted = _saved(manager, step), flatten_names(shapes)
+            found = [f"no {name}" for name in wanted if name not in saved]
+            found += [
+                f"{name} {list(saved[name].shape)} in place of {list(leaf.shape)}"
+                for name, leaf in wanted.items()
+                if name in saved and tuple(saved[name].shape) != tuple(leaf.shape)
+            ]
+            if not found:
+                return _read(manager, step, shapes, partial_restore=True)
         except Exception as error:
             raise UserError(_damaged(manager, step, error)) from error
-    # Orbax leaves what it does not find as it was asked for.
-    missing = [
-        name for name, leaf in flatten_names(part).items() if not isinstance(leaf, jax.Array)
-    ]
-    if missing or not part:
-        raise UserError(
-            f"cannot restore checkpoint {directory}/{step}: it lacks {len(missing)} arrays, "
-            f"the first is {missing[0] if missing else list(shapes)}"
-        )
-    return part
+        raise UserError(_misfit(manager, step, found))
 
 
 def read_json(directory: pathlib.Path, step: int, item: str) -> Any:
@@ -137,4 +175,11 @@ def abstract(shapes: Any, shardings: Any) -> Any:
 
 def _damaged(manager: Any, step: int, error: Exception) -> str:
     reason = " ".join(str(error).split())[:600]
-    return f"cannot restore checkpoint {manager.directory}/{step}: {reason}"
+    earlier = [other for other in manager.all_steps() if other < step]
+    offer = ""
+    if earlier:
+        offer = (
+            f". The one before, of step {max(earlier)}, is still there: without the folder "
+            f"{manager.directory}/{step} the same command goes on from it"
+        )
+    return f"cannot restore checkpoint {manager.directory}/{step}: {reason}{offer}"

@@ -198,6 +198,19 @@ def changed(shapes: State, **unet) -> State:
     return shapes.replace(params=shapes.params | {"unet": unet})
 
 
+def test_everything_that_does_not_fit_is_named(saved):
+    shapes = wanted(mesh_of(jax.devices()))
+    kernel = shapes.params["unet"]["kernel"]
+    halves = jax.ShapeDtypeStruct(kernel.shape, jnp.bfloat16, sharding=kernel.sharding)
+    asked = shapes.replace(params={"unet": {"kernel": halves, "scale": kernel}}, ema=None)
+    with raises_user_error(
+        saved, 5, "no params/unet/scale", "params/conditioner/bias, which nothing asks for",
+        r"params/unet/kernel float32\[1024, 512\] in place of bfloat16\[1024, 512\]",
+        "ema/unet/kernel, which nothing asks for",
+    ):  # fmt: skip
+        restore(saved, 5, asked)
+
+
 def test_wrong_shape(saved):
     shapes = wanted(mesh_of(jax.devices()))
     kernel = shapes.params["unet"]["kernel"]
@@ -248,6 +261,17 @@ def test_damaged_state(copy_of_saved):
     overwrite_large_files(copy_of_saved / "5")
     with raises_user_error(copy_of_saved, 5):
         restore(copy_of_saved, 5, wanted(mesh_of(jax.devices())))
+
+
+def test_of_a_damaged_one_the_one_before_is_offered(tmp_path):
+    save(tmp_path / "s", [3, 4], keep=2)
+    shapes = wanted(mesh_of(jax.devices()))
+    overwrite_large_files(tmp_path / "s" / "4")
+    with raises_user_error(tmp_path / "s", 4, "step 3, is still there"):
+        restore(tmp_path / "s", 4, shapes)
+    shutil.rmtree(tmp_path / "s" / "4")
+    assert checkpoints.latest_step(tmp_path / "s") == 3
+    assert_same(restore(tmp_path / "s", 3, shapes), make_state(mesh_of(jax.devices())))
 
 
 def test_state_without_its_files(copy_of_saved):
