@@ -1,6 +1,7 @@
 """The plan command: what it prints, writes and exits with."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -17,22 +18,25 @@ def compiler():
     tpu_devices("v5e:2x2")  # skips where there is none
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "latent_diffusion_jax.plan", *arguments],
-        cwd=ROOT, capture_output=True, text=True,
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | variables,
     )  # fmt: skip
 
 
 def test_a_config_that_fits(tmp_path):
+    cache = tmp_path / "cache"
     done = run(
         "--config=configs/txt2img.py:smoke",
         "--topology=v5e:2x2",
         "--programs=sample",
         "--nosearch",
         f"--json={tmp_path / 'rows.json'}",
+        JAX_COMPILATION_CACHE_DIR=str(cache),
     )
     assert done.returncode == 0, done.stderr
+    assert not cache.exists() or not any("draw" in path.name for path in cache.iterdir())
     assert "sample on v5e:2x2" in done.stdout and "of 15.75 GiB" in done.stdout
     assert "DOES NOT FIT" not in done.stdout
     (row,) = json.loads((tmp_path / "rows.json").read_text())

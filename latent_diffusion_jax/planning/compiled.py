@@ -13,6 +13,7 @@ from latent_diffusion_jax.planning import costs, hlo
 from latent_diffusion_jax.planning.costs import Cost
 from latent_diffusion_jax.planning.links import Slices
 from latent_diffusion_jax.planning.programs import Program
+from latent_diffusion_jax.runtime.compilation import no_persistent_cache
 
 # The search for the best windows of convolutions takes more than half of the compiler's time, and
 # changes a program's code by megabytes, and neither what it computes nor what it moves.
@@ -131,17 +132,12 @@ def compile_program(
 
 def _compile(lowered: Any, options: dict[str, Any]) -> tuple[Any, str]:
     """The program and its text, which JAX's own way fails to print for some operations."""
-    cached = jax.config.values["jax_enable_compilation_cache"]
-    # From which programs for devices that are not there cannot be read.
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-            executable = lowered.compile(compiler_options=options | dump)
-            (path,) = pathlib.Path(folder).glob("*after_codegen.txt")
-            return executable, path.read_text()
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
+    # Programs for devices that are not there cannot be read from the cache.
+    with no_persistent_cache(), tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        executable = lowered.compile(compiler_options=options | dump)
+        (path,) = pathlib.Path(folder).glob("*after_codegen.txt")
+        return executable, path.read_text()
 
 
 def _needed(message: str) -> float | None:

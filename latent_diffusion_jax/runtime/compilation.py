@@ -1,9 +1,11 @@
 """How whole programs are compiled."""
 
+import contextlib
 import functools
 import logging
 import os
 import pathlib
+from collections.abc import Iterator
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -61,6 +63,23 @@ def use_persistent_cache(folder: pathlib.Path | None = None) -> None:
         base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         folder = base / "latent_diffusion_jax"
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    # JAX looks for a folder once, when it first compiles something.
+    _look_again()
+
+
+@contextlib.contextmanager
+def no_persistent_cache() -> Iterator[None]:
+    """Neither reads nor keeps what is compiled inside."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    _look_again()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        _look_again()
+
+
+def _look_again() -> None:
+    """JAX asks once, when it first compiles something, whether and where programs are kept."""
     logging.getLogger("jax._src.compilation_cache").setLevel(logging.WARNING)
     compilation_cache.reset_cache()
