@@ -107,10 +107,13 @@ def run(case: Case) -> dict:
 
 
 def table(rows: dict[str, dict]) -> str:
-    known = [rows[name] for name in CASES if name in rows]
-    head, line, *body = markdown(known).splitlines()
-    named = [f"| {row['config']} {cells}" for row, cells in zip(known, body, strict=True)]
-    return "\n".join([f"| config {head}", f"|---{line}", *named])
+    known = {name: rows[name] for name in CASES if name in rows}
+    head, line, *body = markdown(list(known.values())).splitlines()
+    named = [
+        f"| {name} | {row['config']} {cells}"
+        for (name, row), cells in zip(known.items(), body, strict=True)
+    ]
+    return "\n".join([f"| case | config {head}", f"|---|---{line}", *named])
 
 
 def main() -> None:
