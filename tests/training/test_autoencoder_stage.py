@@ -136,6 +136,7 @@ def run_accumulated(network, accumulation, sizes=None, **changes):
     step = jit_train_step(stage, shardings, mesh)
     with jax.set_mesh(mesh):
         new, metrics = step(placed, sharding.put_batch(batch, mesh, 8), KEY)
+    assert metrics.pop("skipped") == 0
     return *jax.device_get((new, metrics)), state
 
 

@@ -36,7 +36,13 @@ from tests.torch_networks import (
 
 LEARNING_RATE = 1e-3
 AVERAGES = {"real": 0.3, "fake": -0.2}
-OF_GRADIENTS = ("d_weight", "grad_norm", "r1", "loss")  # the loss by its adaptive weight
+OF_GRADIENTS = (
+    "d_weight",
+    "grad_norm",
+    "d_grad_norm",
+    "r1",
+    "loss",
+)  # the loss by its adaptive weight
 
 # The references' KL and VQ autoencoders, and all that departs from them.
 CASES = {
@@ -142,6 +148,8 @@ def step_discriminator(discriminator, images, fake, losses):
         ).mean()
         loss = loss + losses.lecam_weight * figures["lecam"]
     loss.backward()
+    squares = [parameter.grad.square().sum() for parameter in discriminator.parameters()]
+    figures["d_grad_norm"] = torch.stack(squares).sum().sqrt()
     torch.optim.SGD(discriminator.parameters(), lr=LEARNING_RATE).step()
     return figures
 
