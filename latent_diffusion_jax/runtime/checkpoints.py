@@ -80,7 +80,7 @@ def restore_state(manager: Any, step: int, shapes: Any) -> Any:
         or dtype is named; or it is damaged, and the one before is named where there is one.
     """
     try:
-        found = _problems(manager, step, shapes)
+        found = _problems(manager, step, shapes, whole=True)
         if not found:
             return _read(manager, step, shapes)
     except Exception as error:  # Orbax raises many kinds
@@ -88,25 +88,24 @@ def restore_state(manager: Any, step: int, shapes: Any) -> Any:
     raise UserError(_misfit(manager, step, found))
 
 
-def _problems(manager: Any, step: int, shapes: Any) -> list[str]:
-    """How a checkpoint's arrays differ from those of a whole state."""
-    saved, wanted = _saved(manager, step), flatten_names(shapes)
+def _problems(manager: Any, step: int, shapes: Any, *, whole: bool) -> list[str]:
+    """How a checkpoint's arrays differ from those that are asked for.
+
+    Those of a whole state are all asked for, and in their dtypes.
+    """
+    saved, wanted = flatten_names(manager.item_metadata(step)["state"].tree), flatten_names(shapes)
+
+    def described(leaf: Any) -> str:
+        return f"{np.dtype(leaf.dtype).name if whole else ''}{list(leaf.shape)}"
+
     found = [f"no {name}" for name in wanted if name not in saved]
-    found += [f"{name}, which nothing asks for" for name in saved if name not in wanted]
+    if whole:
+        found += [f"{name}, which nothing asks for" for name in saved if name not in wanted]
     return found + [
-        f"{name} {_described(saved[name])} in place of {_described(leaf)}"
+        f"{name} {described(saved[name])} in place of {described(leaf)}"
         for name, leaf in wanted.items()
-        if name in saved and _described(saved[name]) != _described(leaf)
+        if name in saved and described(saved[name]) != described(leaf)
     ]
-
-
-def _saved(manager: Any, step: int) -> dict[str, Any]:
-    """What arrays a checkpoint has, by name."""
-    return flatten_names(manager.item_metadata(step)["state"].tree)
-
-
-def _described(leaf: Any) -> str:
-    return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
 def _misfit(manager: Any, step: int, problems: list[str]) -> str:
@@ -131,13 +130,7 @@ def restore_part(directory: pathlib.Path, step: int, shapes: dict[str, Any]) -> 
     """
     with open_manager(directory) as manager:
         try:
-            saved, wanted = _saved(manager, step), flatten_names(shapes)
-            found = [f"no {name}" for name in wanted if name not in saved]
-            found += [
-                f"{name} {list(saved[name].shape)} in place of {list(leaf.shape)}"
-                for name, leaf in wanted.items()
-                if name in saved and tuple(saved[name].shape) != tuple(leaf.shape)
-            ]
+            found = _problems(manager, step, shapes, whole=False)
             if not found:
                 return _read(manager, step, shapes, partial_restore=True)
         except Exception as error:
