@@ -38,9 +38,7 @@ def get_config() -> ConfigDict:
     config.eval_examples = 1_000
     config.checkpoint_every = 1_000  # steps
     config.keep_checkpoints = 2  # of each stage
-    config.max_skipped_steps = (
-        10  # in a row, as a loss or gradient was not finite; more end the run
-    )
+    config.max_skipped_steps = 10  # in a row, as they were not finite; more end the run
     config.profile = ConfigDict()  # a trace for XProf, in the workdir's profile/
     config.profile.after = 10  # steps of this call
     config.profile.steps = 0  # that it holds; 0: none

@@ -68,7 +68,8 @@ def plan(
         return mesh.shape["data"] * mesh.shape["fsdp"]
 
     def compiled(config: ConfigDict, images: int, **options: bool) -> Compiled:
-        mesh, batch_size = make_mesh(config, name, devices), images * parts(config)
+        mesh = make_mesh(config, name, devices)
+        batch_size = images * mesh.shape["data"] * mesh.shape["fsdp"]
         with as_user_error("the config's parts do not fit together"):
             program = programs.make(config, name, mesh, batch_size, num_labels, dtype)
         return compile_program(program, slices, **options)
