@@ -14,6 +14,7 @@ import argparse
 import os
 import pathlib
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -27,7 +28,11 @@ COMMANDS = ("train", "encode", "evaluate")
 GRACE_SECONDS = 20.0  # for the others to end after one has; then SIGTERM, then SIGKILL
 KILL_SECONDS = 10.0
 PORTS = range(20000, 32768)
-NOISE = ("[Gloo]", "connected peer ranks")  # in lines of libraries that say nothing
+# What gloo says of each connection. Its threads mix their lines, which they write piece by piece.
+GLOO = re.compile(
+    r"(\[Gloo\] Rank | is connected to | peer ranks\. |"
+    r"Expected number of connected peer ranks is : |\d|\n)+"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -112,8 +117,10 @@ class Output:
         self._lock, self._errors = threading.Lock(), set[str]()
 
     def copy(self, process: int, source: IO[str], target: IO[str], shown: bool) -> None:
+        noise = False  # the line before was
         for line in source:
-            if not shown or any(word in line for word in NOISE):
+            noise = GLOO.fullmatch(line) is not None and ("ranks" in line or noise)
+            if noise or not shown:
                 continue
             with self._lock:
                 if line.startswith("error: "):

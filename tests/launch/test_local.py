@@ -61,6 +61,19 @@ def test_the_first_process_is_shown_whole_and_of_others_errors(launch):
     assert sorted(errors.splitlines()) == ["[0] errors of 0", "[1] errors of 1"]
 
 
+def test_what_gloo_says_is_not_shown(launch):
+    """Its threads write pieces of lines among each other."""
+    head, tail = (
+        "[Gloo] Rank 0 is connected to 3 peer ranks. ",
+        "Expected number of connected peer ",
+    )
+    program = f"""
+print({head + tail!r} "ranks is : 3")
+print({head!r} "[Gloo] Rank " {tail!r} "ranks is : 31", "3", "", "7 images", "7", sep="\\n")
+"""
+    assert launch(program) == (0, "[0] 7 images\n[0] 7\n", "")
+
+
 def test_an_error_that_all_find_is_shown_once(launch):
     status, _, errors = launch("print('error: no such key', file=sys.stderr); sys.exit(2)")
     assert status == 2
