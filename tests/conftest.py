@@ -1,6 +1,7 @@
 """Every test runs on 8 virtual CPU devices and offline."""
 
 import fcntl
+import gc
 import os
 import pathlib
 import shutil
@@ -18,6 +19,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
+gc.set_threshold(50_000, 20, 20)  # as commands have it
 jax.config.update("jax_num_cpu_devices", 8)
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # for `configs` and `tests`
 

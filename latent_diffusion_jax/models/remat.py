@@ -33,14 +33,17 @@ _OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
 def of_block(module: Any, policy: str) -> Any:
     """A block's class, as the policy wants it.
 
+    Blocks with the same fields and arguments of the same shapes are traced and lowered once, all
+    together; the compiler puts them back where they are called.
+
     Raises:
       ValueError: there is no such policy.
     """
     if policy not in POLICIES:
         raise ValueError(f"unknown remat {policy!r}; known: {', '.join(POLICIES)}")
-    if policy == "none":
-        return module
-    return nn.remat(module, policy=_is_product if policy == "dots" else None)
+    if policy != "none":
+        module = nn.remat(module, policy=_is_product if policy == "dots" else None)
+    return nn.jit(module)
 
 
 def of_level(function: Any, policy: str) -> Any:

@@ -1,6 +1,7 @@
 """What the commands share: flags with a config, clear errors, a request to stop."""
 
 import difflib
+import gc
 import importlib.util
 import pathlib
 import re
@@ -26,6 +27,7 @@ def run(main: Callable[[], None], *, alone: bool = False) -> None:
       alone: it is the work of one process; where there are several, none does it.
     """
     clusters.define_flags()
+    gc.set_threshold(50_000, 20, 20)  # at Python's own, tracing waits for it half of the time
 
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
