@@ -2,11 +2,17 @@
 
 A checkpoint of a stage is `<workdir>/<stage>/<step>/` with the items `state`, `data` (position of
 the data iterator), `config`, `info` and, where the stage has them, `tokenizer/tokenizer.json` and
-`labels`, the names of the data's classes.
+`labels`, the names of the data's classes. `digests` holds one of each array and of each other item,
+which are compared when they are read.
 """
 
+import contextlib
+import dataclasses
 import json
 import pathlib
+import re
+import shutil
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,12 +20,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.runtime.trees import flatten_names
+from latent_diffusion_jax.runtime import digests
+from latent_diffusion_jax.runtime.errors import StorageError, UserError
+from latent_diffusion_jax.runtime.trees import flatten_names, path_name
 
 NAMED = 50  # arrays that an error names; more are counted
-JSON_ITEMS = ("data", "config", "info", "tokenizer", "labels")
-
+DIGESTS = "digests"
+JSON_ITEMS = ("data", "config", "info", "tokenizer", "labels", DIGESTS)
 
 # Orbax has all devices with a copy of an array write a part of it each, and cuts the parts out one
 # by one: for thousands of small arrays that takes seconds in which training stands still.
@@ -32,25 +39,72 @@ def _state_handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
-def open_manager(directory: pathlib.Path, *, keep: int = 1, create: bool = False) -> Any:
+@dataclasses.dataclass
+class Kept(checkpoint_managers.PreservationPolicy):
+    """Which checkpoints stay when a new one has been written.
+
+    Attributes:
+      last: so many of the last ones.
+      every: those whose step it divides; 0: none.
+      best: the one with the lowest of `scores`.
+      scores: of checkpoints, by their steps; one without cannot be the best.
+    """
+
+    last: int = 1
+    every: int = 0
+    best: bool = False
+    scores: dict[int, float] = dataclasses.field(default_factory=dict)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        stay = set(steps[-self.last :])
+        stay |= {step for step in steps if self.every and step % self.every == 0}
+        scored = [step for step in steps if step in self.scores]
+        if self.best and scored:
+            stay.add(min(scored, key=lambda step: self.scores[step]))
+        return [step in stay for step in steps]
+
+
+@contextlib.contextmanager
+def open_manager(
+    directory: pathlib.Path, *, kept: Kept | None = None, create: bool = False
+) -> Iterator[Any]:
     """A CheckpointManager for one stage.
 
     Args:
       directory: the stage's folder.
-      keep: how many of the last checkpoints stay.
+      kept: which checkpoints stay; default the last one.
       create: whether it is there to write: makes the folder and clears away interrupted saves.
+
+    Raises:
+      StorageError: the folder cannot be made, or what was last to be written could not be.
     """
     handlers: dict[str, Any] = {name: ocp.JsonCheckpointHandler() for name in JSON_ITEMS}
     handlers["tokenizer"] = ocp.JsonCheckpointHandler(filename="tokenizer.json")
     handlers["state"] = _state_handler()
     options = ocp.CheckpointManagerOptions(
         create=create,
-        preservation_policy=checkpoint_managers.LatestN(keep),
+        preservation_policy=kept or Kept(),
         # The caller decides when to save, every time.
         save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
         cleanup_tmp_directories=create,
+        # Otherwise a folder that cannot be made is an error only after ten minutes of waiting.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
-    return ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers)
+    directory = directory.absolute()
+    try:
+        manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+    except OSError as error:
+        raise StorageError(f"cannot open {directory}: {error.strerror or error}") from error
+    try:
+        yield manager
+    except BaseException:
+        with contextlib.suppress(Exception):  # what it has to say of a save is said already
+            manager.close()
+        raise
+    with saving(manager) if create else contextlib.nullcontext():
+        manager.close()
 
 
 def latest_step(directory: pathlib.Path) -> int | None:
@@ -62,9 +116,61 @@ def latest_step(directory: pathlib.Path) -> int | None:
 
 
 def save(manager: Any, step: int, state: Any, items: dict[str, Any]) -> None:
-    """Starts an asynchronous save of a state and of JSON items; a step already saved is kept."""
-    args = {name: ocp.args.JsonSave(value) for name, value in items.items() if value is not None}
-    manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), **args))
+    """Starts an asynchronous save of a state and of JSON items; a step already saved is kept.
+
+    Raises:
+      StorageError: it cannot be written, or the save before could not be.
+    """
+    items = {name: value for name, value in items.items() if value is not None}
+    items[DIGESTS] = {
+        "state": digests.of_arrays(state),
+        "items": {name: digests.of_json(value) for name, value in items.items()},
+    }
+    args = {name: ocp.args.JsonSave(value) for name, value in items.items()}
+    with saving(manager):
+        manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), **args))
+
+
+def is_whole(manager: Any) -> bool:
+    """Whether the last asynchronous save is done; False while it goes on.
+
+    Raises:
+      StorageError: it has failed.
+    """
+    # Not the manager's `check_for_errors`: that takes the error away from the thread that writes,
+    # which then takes the save for a good one and deletes those before.
+    if manager.is_saving_in_progress():
+        return False
+    with saving(manager):
+        manager.wait_until_finished()
+    return True
+
+
+@contextlib.contextmanager
+def saving(manager: Any) -> Iterator[None]:
+    """What goes wrong with a save inside becomes a StorageError; nothing that looks whole is left.
+
+    What was written of it is deleted, as far as that is possible.
+    """
+    try:
+        yield
+    except Exception as error:  # of many kinds
+        for partial in manager.directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        whole = [int(path.name) for path in manager.directory.glob("*") if path.name.isdecimal()]
+        last = f"the last whole one is that of step {max(whole)}" if whole else "there is none yet"
+        raise StorageError(
+            f"cannot save a checkpoint in {manager.directory}: {_reason(error)}; {last}"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What is the matter, in one line; what the system says, where it is that."""
+    text = " ".join(str(error).split())
+    system = re.search(r"(?:^|: )([^:]+) \[os_error_code=", text)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return system[1] if system else text[:600] or type(error).__name__
 
 
 def restore_state(manager: Any, step: int, shapes: Any) -> Any:
@@ -82,7 +188,7 @@ def restore_state(manager: Any, step: int, shapes: Any) -> Any:
     try:
         found = _problems(manager, step, shapes, whole=True)
         if not found:
-            return _read(manager, step, shapes)
+            return _checked(manager, step, _read(manager, step, shapes))
     except Exception as error:  # Orbax raises many kinds
         raise UserError(_damaged(manager, step, error)) from error
     raise UserError(_misfit(manager, step, found))
@@ -122,6 +228,31 @@ def _read(manager: Any, step: int, shapes: Any, **options: bool) -> Any:
     return manager.restore(step, args=ocp.args.Composite(state=args)).state
 
 
+def _checked(manager: Any, step: int, state: Any) -> Any:
+    """A state that was read, or a part of it.
+
+    Raises:
+      ValueError: it has other numbers than were saved.
+    """
+    saved = _digests(manager, step).get("state", {})
+    found = digests.of_arrays(state)
+    other = [name for name in found if name in saved and found[name] != saved[name]]
+    if other:
+        more = f" and {len(other) - NAMED} more" if len(other) > NAMED else ""
+        raise ValueError(
+            f"it is damaged: other numbers than were saved in {', '.join(other[:NAMED])}{more}"
+        )
+    return state
+
+
+def _digests(manager: Any, step: int) -> Any:
+    """Those of a checkpoint; {} of one of a version that made none."""
+    if not (manager.directory / str(step) / DIGESTS).exists():
+        return {}
+    args = ocp.args.Composite(**{DIGESTS: ocp.args.JsonRestore()})
+    return manager.restore(step, args=args)[DIGESTS]
+
+
 def restore_part(directory: pathlib.Path, step: int, shapes: dict[str, Any]) -> dict[str, Any]:
     """Some top-level entries of a checkpoint's state, such as {"ema": ...}, and nothing else.
 
@@ -132,7 +263,12 @@ def restore_part(directory: pathlib.Path, step: int, shapes: dict[str, Any]) -> 
         try:
             found = _problems(manager, step, shapes, whole=False)
             if not found:
-                return _read(manager, step, shapes, partial_restore=True)
+                saved = flatten_names(manager.item_metadata(step)["state"].tree)
+                stored = jax.tree_util.tree_map_with_path(
+                    lambda path, x: x.update(dtype=saved[path_name(path)].dtype), shapes
+                )
+                part = _checked(manager, step, _read(manager, step, stored, partial_restore=True))
+                return jax.tree.map(lambda x, like: x.astype(like.dtype), part, shapes)
         except Exception as error:
             raise UserError(_damaged(manager, step, error)) from error
         raise UserError(_misfit(manager, step, found))
@@ -147,16 +283,27 @@ def read_json(directory: pathlib.Path, step: int, item: str) -> Any:
     with open_manager(directory) as manager:
         try:
             args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
-            return manager.restore(step, args=args)[item]
+            value = manager.restore(step, args=args)[item]
+            saved = _digests(manager, step).get("items", {}).get(item)
+            if saved not in (None, digests.of_json(value)):
+                raise ValueError(f"its item {item} is damaged: not what was saved")
+            return value
         except Exception as error:
             raise UserError(_damaged(manager, step, error)) from error
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a JSON file so that it is either whole or not there."""
+    """Writes a JSON file so that it is either whole or not there.
+
+    Raises:
+      StorageError: it cannot be written.
+    """
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def abstract(shapes: Any, shardings: Any) -> Any:
@@ -167,7 +314,7 @@ def abstract(shapes: Any, shardings: Any) -> Any:
 
 
 def _damaged(manager: Any, step: int, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:600]
+    reason = _reason(error)
     earlier = [other for other in manager.all_steps() if other < step]
     offer = ""
     if earlier:

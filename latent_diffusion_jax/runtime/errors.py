@@ -7,8 +7,20 @@ from collections.abc import Iterator
 class UserError(ValueError):
     """Says in one line what was wrong, where, and what would be right.
 
-    Commands print the message without a traceback and exit with status 2.
+    Commands print the message without a traceback and exit with its status.
     """
+
+    status = 2
+
+
+class StorageError(UserError):
+    """A folder that was there cannot be written or read any more; another try may do later."""
+
+    status = 74  # EX_IOERR of sysexits.h
+
+
+class DataError(StorageError):
+    """Examples that could be read cannot be read any more."""
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import gc
 import json
 import shutil
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def make_state(mesh, seed=0) -> State:
 
 def save(directory, steps, items=ITEMS, keep=5, state=None):
     state = make_state(mesh_of(jax.devices())) if state is None else state
-    with checkpoints.open_manager(directory, keep=keep, create=True) as manager:
+    with checkpoints.open_manager(directory, kept=checkpoints.Kept(keep), create=True) as manager:
         for step in steps:
             checkpoints.save(manager, step, state, items)
         manager.wait_until_finished()
@@ -310,12 +311,39 @@ def test_keep_deletes_the_oldest(tmp_path):
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["8", "9"]
 
 
+def kept_of(steps, **rules):
+    kept = checkpoints.Kept(**rules)
+    infos = [types.SimpleNamespace(step=step) for step in steps]
+    stay = kept.should_preserve(infos, context=None)
+    return [step for step, stays in zip(steps, stay, strict=True) if stays]
+
+
+def test_which_checkpoints_stay():
+    steps = [10, 20, 25, 30, 35]
+    assert kept_of(steps) == [35]
+    assert kept_of(steps, last=2) == [30, 35]
+    assert kept_of(steps, every=20) == [20, 35]
+    scores = {10: 0.3, 20: 0.2, 30: 0.4, 99: 0.0}  # of 99 there is no checkpoint any more
+    assert kept_of(steps, best=True, scores=scores) == [20, 35]
+    assert kept_of(steps, last=2, every=10, best=True, scores={25: 0.1}) == steps
+    assert kept_of(steps, best=True) == [35]  # nothing is known of any
+
+
+def test_what_stays_is_decided_at_each_save(tmp_path):
+    kept = checkpoints.Kept(last=1, every=4, best=True)
+    with checkpoints.open_manager(tmp_path / "s", kept=kept, create=True) as manager:
+        for step, score in {2: 0.5, 3: 0.1, 4: 0.3, 5: 0.2, 6: 0.9}.items():
+            checkpoints.save(manager, step, {"x": jnp.ones(3)}, ITEMS)
+            kept.scores[step] = score  # after the save, as evaluation is
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["3", "4", "6"]
+
+
 def test_reading_creates_and_deletes_nothing(tmp_path):
     with checkpoints.open_manager(tmp_path / "s"):
         pass
     assert not (tmp_path / "s").exists()
     save(tmp_path / "s", [1, 2, 3])
-    with checkpoints.open_manager(tmp_path / "s", keep=1):
+    with checkpoints.open_manager(tmp_path / "s", kept=checkpoints.Kept(1)):
         pass
     assert len(list((tmp_path / "s").iterdir())) == 3
 
