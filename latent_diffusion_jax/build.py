@@ -77,7 +77,9 @@ def data_sources(config: ConfigDict) -> tuple[pipeline.DecodedSource, pipeline.D
         )
         if not len(records):
             raise UserError(f"split {split!r} of data {data.name!r} is empty")
-        source = pipeline.DecodedSource(records, data.max_damaged_share, image_channels(config))
+        source = pipeline.DecodedSource(
+            records, data.max_damaged_share, image_channels(config), data.retry_seconds
+        )
         source.check(data.check_images, data.num_threads)
         sources.append(source)
     return sources[0], sources[1]
@@ -86,7 +88,9 @@ def data_sources(config: ConfigDict) -> tuple[pipeline.DecodedSource, pipeline.D
 def latent_sources(config: ConfigDict) -> tuple[LatentSource, LatentSource]:
     """The training and the held-out split of `data.latents`, checked against the config."""
     data = config.data
-    train, test = (LatentSource(data.latents, split) for split in latents.SPLITS)
+    train, test = (
+        LatentSource(data.latents, split, data.retry_seconds) for split in latents.SPLITS
+    )
     latents.check_use(train.index, data.latents, data.image_size, data.random_flip)
     return train, test
 

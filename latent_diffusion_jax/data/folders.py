@@ -8,6 +8,7 @@ from typing import Any
 
 from absl import logging
 
+from latent_diffusion_jax.data.patience import RecordError
 from latent_diffusion_jax.runtime.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -57,7 +58,9 @@ class FolderSource:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
+            if _has_files(path.parent):
+                raise RecordError(str(path), error.strerror or str(error)) from error
+            raise
         return {
             "image": data,
             "captions": self.captions(index),
@@ -67,6 +70,14 @@ class FolderSource:
 
     def captions(self, index: int) -> list[str]:
         return [self._template.format(caption) for caption in self._captions[index]]
+
+
+def _has_files(folder: pathlib.Path) -> bool:
+    """Whether there is something in a folder: a mount's is empty, or gone, when that is away."""
+    try:
+        return any(path.exists() for path in folder.iterdir())
+    except OSError:
+        return False
 
 
 def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -7,6 +7,7 @@ all numbers are little-endian. Their shape is [crops, flips, h, w, c]: crops of 
 first is the centre, where there is one alone), each as it is and, with two flips, mirrored.
 """
 
+import errno
 import json
 import pathlib
 import struct
@@ -17,6 +18,7 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from latent_diffusion_jax.data.patience import Patience
 from latent_diffusion_jax.runtime.errors import UserError
 
 INDEX_FILE = "latents.json"
@@ -121,9 +123,12 @@ class LatentSource:
     Raises:
       UserError: the folder is not there, not finished or damaged, found when it is opened; or a
         record is, found when it is read.
+      DataError: the folder is not there any more when a record is read.
     """
 
-    def __init__(self, folder: str | pathlib.Path, split: str):
+    def __init__(self, folder: str | pathlib.Path, split: str, retry_seconds: float = 0.0):
+        """`retry_seconds`: how long to wait where the folder is not there any more."""
+        self._patience = Patience(retry_seconds)
         self._folder = pathlib.Path(folder).expanduser()
         index = read_index(self._folder)
         if index is None:
@@ -162,9 +167,15 @@ class LatentSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._patience.read(lambda: self._read(index))
+
+    def _read(self, index: int) -> dict[str, Any]:
         try:
             return from_bytes(self._records[index], self._shape, self._dtype)
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # of any kind
+            if not all(pathlib.Path(file).exists() for file in self._files):
+                reason = _first_line(error)
+                raise FileNotFoundError(errno.ENOENT, reason, str(self._folder)) from error
             raise UserError(
                 f"record {index} of the split {self._split!r} of the latents in {self._folder} is "
                 f"damaged ({_first_line(error)}); delete that folder and encode again"

@@ -12,6 +12,7 @@ import grain
 import numpy as np
 from absl import logging
 
+from latent_diffusion_jax.data.patience import Patience, RecordError
 from latent_diffusion_jax.data.sources import Source
 from latent_diffusion_jax.runtime import images
 from latent_diffusion_jax.runtime.errors import UserError
@@ -43,15 +44,24 @@ class DecodedSource:
 
     Images are Pillow's with so many `channels`, or arrays that have them (see `images.decode`).
     Which image stands in depends on the data alone, so runs stay reproducible. Every damaged one
-    is named in the log once and counted.
+    is named in the log once and counted. Where the source is not there, it is waited for up to
+    `retry_seconds`.
 
     Raises (on access):
       UserError: more than `max_damaged_share` of the images are damaged, or one cannot give
         the channels.
+      DataError: the source has not come back.
     """
 
-    def __init__(self, source: Source, max_damaged_share: float, channels: int = 3):
+    def __init__(
+        self,
+        source: Source,
+        max_damaged_share: float,
+        channels: int = 3,
+        retry_seconds: float = 0.0,
+    ):
         self._source = source
+        self._patience = Patience(retry_seconds)
         self._channels = channels
         self._limit = int(max_damaged_share * len(source))
         self._share = max_damaged_share
@@ -70,7 +80,11 @@ class DecodedSource:
 
     def whole(self, index: int) -> dict[str, Any] | None:
         """The record at `index` itself; None, noted, where its image is damaged."""
-        record = self._source[index]
+        try:
+            record = self._patience.read(lambda: self._source[index])
+        except RecordError as error:
+            self._note(index, error.name, str(error))
+            return None
         try:
             return record | {"image": images.decode(record["image"], self._channels)}
         except images.ChannelsError as error:

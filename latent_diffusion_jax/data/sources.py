@@ -6,6 +6,7 @@ it. A record has at least one caption, "" where the data has none for it.
 """
 
 import contextlib
+import errno
 import io
 import pathlib
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import tensorflow_datasets as tfds
 
 from latent_diffusion_jax.data import digits, photos
 from latent_diffusion_jax.data.folders import FolderSource
+from latent_diffusion_jax.data.patience import RecordError
 from latent_diffusion_jax.runtime import distributed
 from latent_diffusion_jax.runtime.errors import UserError
 
@@ -26,7 +28,11 @@ BUNDLED: dict[str, type[tfds.core.GeneratorBasedBuilder]] = {  # prepared on fir
 
 
 class Source(Protocol):
-    """Random access to records; see the module's docstring."""
+    """Random access to records; see the module's docstring.
+
+    Where a record is damaged, it raises a RecordError; where the source is not there any more, an
+    OSError.
+    """
 
     label_names: Sequence[str]
 
@@ -188,6 +194,8 @@ class TfdsSource:
                 f"cannot read split {split!r} of dataset {name!r} (splits: "
                 f"{', '.join(builder.info.splits)}): {str(error).splitlines()[0]}"
             ) from error
+        self._folder = builder.data_path
+        self._files = [str(path) for path in builder.info.splits[split].filepaths]
         self._name, self._template = f"{name}/{split}", caption_template
         self._image_key, self._caption_key = image_key, caption_key
         labels = {
@@ -203,7 +211,7 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._records[index]
+        record = self._record(index)
         return {
             "image": record[self._image_key],
             "captions": self._captions_of(record),
@@ -212,7 +220,16 @@ class TfdsSource:
         }
 
     def captions(self, index: int) -> list[str]:
-        return self._captions_of(self._records[index]) if self._caption_key else [""]
+        return self._captions_of(self._record(index)) if self._caption_key else [""]
+
+    def _record(self, index: int) -> dict[str, Any]:
+        try:
+            return self._records[index]
+        except Exception as error:  # of any kind, by the format
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if all(pathlib.Path(file).exists() for file in self._files):
+                raise RecordError(f"{self._name}[{index}]", reason) from error
+            raise FileNotFoundError(errno.ENOENT, reason, str(self._folder)) from error
 
     def _captions_of(self, record: dict[str, Any]) -> list[str]:
         if not self._caption_key:

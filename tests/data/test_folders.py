@@ -4,12 +4,14 @@ import io
 import json
 import pathlib
 import re
+import shutil
 
 import numpy as np
 import pytest
 from absl import logging
 from PIL import Image
 
+from latent_diffusion_jax.data.patience import RecordError
 from latent_diffusion_jax.data.sources import open_source
 from latent_diffusion_jax.runtime import images
 from latent_diffusion_jax.runtime.errors import UserError
@@ -231,12 +233,24 @@ def test_table_that_is_not_utf8(make_folder):
         open_source(str(folder), "train")
 
 
-def test_image_that_vanishes_is_named(make_folder):
+def test_an_image_that_vanishes_is_a_damaged_record(make_folder):
     folder = make_folder(many(2))
     source = open_source(str(folder), "train")
     for path in folder.glob("*.png"):
         path.unlink()
-    with raises_user_error(str(folder), ".png"):
+    with pytest.raises(RecordError, match="No such file") as raised:
+        source[0]
+    assert raised.value.name.startswith(str(folder)) and raised.value.name.endswith(".png")
+
+
+@pytest.mark.parametrize("how", ["removed", "unmounted"])
+def test_a_folder_that_vanishes_is_no_damaged_record(make_folder, how):
+    folder = make_folder(many(2))
+    source = open_source(str(folder), "train")
+    shutil.rmtree(folder)
+    if how == "unmounted":  # its mount point stays, empty
+        folder.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"\.png"):
         source[0]
 
 

@@ -1,0 +1,76 @@
+"""Reading from folders that may go away for a while, such as mounts of other machines' disks."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from absl import logging
+
+from latent_diffusion_jax.runtime.errors import DataError
+
+PAUSE = 1.0  # seconds between tries
+SAY_EVERY = 10.0  # seconds between warnings, of all threads together
+
+T = TypeVar("T")
+
+
+class RecordError(ValueError):
+    """One record cannot be read, of a source that is there otherwise.
+
+    Attributes:
+      name: of the record.
+    """
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(reason)
+        self.name = name
+
+
+class Patience:
+    """Tries again for some time where a source is not there.
+
+    Sources raise OSError where they are not there, RecordError where one record is damaged.
+    """
+
+    def __init__(self, seconds: float):
+        """`seconds` is how long."""
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._said = -SAY_EVERY
+
+    def read(self, read: Callable[[], T]) -> T:
+        """What `read` gives.
+
+        Raises:
+          DataError: nothing, in all that time.
+        """
+        start = time.monotonic()
+        while True:
+            try:
+                return read()
+            except OSError as error:
+                waited = time.monotonic() - start
+                reason = f"{error.strerror or error}"
+                if error.filename:
+                    reason = f"{error.filename}: {reason}"
+                if waited >= self._seconds:
+                    raise DataError(
+                        f"cannot read the data, tried for {waited:.0f} s "
+                        f"(data.retry_seconds={self._seconds:g}): {reason}"
+                    ) from error
+                self._say(reason, self._seconds - waited)
+            time.sleep(min(PAUSE, self._seconds))
+
+    def _say(self, reason: str, left: float) -> None:
+        with self._lock:
+            if time.monotonic() - self._said < SAY_EVERY:
+                return
+            self._said = time.monotonic()
+        logging.warning("cannot read the data; trying for %.0f s more: %s", left, reason)
+
+    def __getstate__(self) -> float:
+        return self._seconds
+
+    def __setstate__(self, seconds: float) -> None:
+        self.__init__(seconds)  # type: ignore[misc]
