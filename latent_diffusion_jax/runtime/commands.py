@@ -1,12 +1,28 @@
-"""What the commands share: flags with a config, clear errors, a request to stop."""
+"""What the commands share: flags with a config, clear errors, a request to stop.
 
+The status that a command exits with:
+
+  0    it is done
+  1    an error that nobody has thought of
+  2    wrong flags, config, data, weights or checkpoints: `UserError`
+  74   a folder that was there cannot be read or written any more: `StorageError`
+  75   not all processes came together: `distributed.NOT_MET`
+  130  stopped by Ctrl-C, with everything saved
+  143  stopped by SIGTERM, with everything saved
+"""
+
+import contextlib
 import difflib
 import gc
+import hashlib
 import importlib.util
+import os
 import pathlib
 import re
 import signal
 import sys
+import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,17 +32,20 @@ from absl import app, flags
 
 from latent_diffusion_jax.runtime import clusters, distributed
 from latent_diffusion_jax.runtime.compilation import use_persistent_cache
-from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.errors import StorageError, UserError
+
+UNEXPECTED = 1
 
 
 def run(main: Callable[[], None], *, alone: bool = False) -> None:
-    """Runs a command: parses flags, then `main`. A UserError ends it with one line and status 2.
+    """Runs a command: parses flags, then `main`. Errors end it with one line and a status.
 
     Args:
       main: the command, which all processes run, where they are several.
       alone: it is the work of one process; where there are several, none does it.
     """
     clusters.define_flags()
+    flags.DEFINE_bool("verbose", False, "Shows where in the code an error comes from.")
     gc.set_threshold(50_000, 20, 20)  # at Python's own, tracing waits for it half of the time
 
     def guarded(argv: Sequence[str]) -> None:
@@ -61,9 +80,35 @@ def run(main: Callable[[], None], *, alone: bool = False) -> None:
     # absl's own parser would print a usage text or a traceback.
     try:
         app.run(guarded, argv=sys.argv, flags_parser=parse)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        print(f"error: {described(error)}", file=sys.stderr)
+        sys.exit(error.status if isinstance(error, UserError) else UNEXPECTED)
+
+
+def described(error: Exception) -> str:
+    """What to say of an error: one line, and behind --verbose the traceback.
+
+    Without --verbose, that of an error which nobody has thought of goes to a file: it may not come
+    again. All processes that meet the same error say the same.
+    """
+    trace = "".join(traceback.format_exception(error)).strip()
+    if isinstance(error, UserError):
+        text = " ".join(str(error).split())
+    else:
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        text = f"unexpected {type(error).__name__}: {reason}"
+    if "--verbose" in sys.argv[1:]:
+        return f"{text}\n{trace}"
+    if not isinstance(error, UserError):
+        name = f"latent_diffusion_jax_{hashlib.sha256(trace.encode()).hexdigest()[:8]}.txt"
+        path = pathlib.Path(tempfile.gettempdir(), name)
+        with contextlib.suppress(OSError):
+            path.write_text(trace + "\n", "utf-8")
+            text += f" (its traceback is in {path}, or shown by --verbose)"
+    return text
 
 
 def _as_one_of_several(main: Callable[[], None]) -> None:
@@ -72,11 +117,11 @@ def _as_one_of_several(main: Callable[[], None]) -> None:
         distributed.meet()
         main()
     except UserError as error:
-        distributed.fail(str(error), 2)
+        distributed.fail(described(error), error.status)
     except KeyboardInterrupt:
         distributed.fail("interrupted", 128 + signal.SIGINT)
-    except Exception:
-        distributed.fail(traceback.format_exc().strip(), 1)
+    except Exception as error:
+        distributed.fail(described(error), UNEXPECTED)
     except SystemExit:
         distributed.finish()
         raise
@@ -146,9 +191,12 @@ class StopRequest:
       exit_status: 128 + the signal's number, as shells have it; 0 before any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace_seconds: float = 0.0) -> None:
+        """The program is ended that many seconds after a signal; 0: only by itself."""
         self.exit_status = 0
+        self._grace_seconds = grace_seconds
         self._previous: dict[int, Any] = {}
+        self._end: threading.Timer | None = None
 
     def __enter__(self) -> "StopRequest":
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -156,6 +204,11 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._end is not None:
+            self._end.cancel()
+        self._put_back()
+
+    def _put_back(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -167,4 +220,17 @@ class StopRequest:
         if distributed.process_index() == 0:
             name = signal.Signals(number).name
             print(f"\n{name}: finishing this step, then saving; once more to quit", file=sys.stderr)
-        self.__exit__()
+        self._put_back()
+        if self._grace_seconds:
+            self._end = threading.Timer(self._grace_seconds, self._give_up)
+            self._end.daemon = True
+            self._end.start()
+
+    def _give_up(self) -> None:
+        print(
+            f"error: not saved within the {self._grace_seconds:g} s of grace_seconds; the same "
+            "command goes on from the last whole checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(StorageError.status)

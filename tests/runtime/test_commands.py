@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 from latent_diffusion_jax.runtime import commands
-from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.errors import StorageError, UserError
 
 config_flags.DEFINE_config_file("config", None, "")
 flags.DEFINE_string("workdir", None, "")
@@ -29,6 +30,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main():
     if flags.FLAGS.workdir == "bad":
         raise UserError("this workdir is bad")
+    if flags.FLAGS.workdir == "gone":
+        raise StorageError("this disk is gone")
     if flags.FLAGS.workdir == "bug":
         raise ValueError("this is a bug")
     print(flags.FLAGS.config.batch_size, flags.FLAGS.config.optimizer.learning_rate)
@@ -139,10 +142,27 @@ def test_wrong_arguments_are_one_line(arguments, said):
     assert_one_line(run_command(*arguments), *said)
 
 
-def test_a_bug_keeps_its_traceback():
+def test_a_bug_is_one_line_and_its_traceback_is_kept():
     status, _, errors = run_command(SMOKE, "--workdir=bug")
     assert status == 1
-    assert "Traceback" in errors and "this is a bug" in errors
+    assert errors.startswith("error: unexpected ValueError: this is a bug (its traceback is in ")
+    assert errors.count("\n") == 1
+    kept = pathlib.Path(re.search(r"traceback is in (\S+\.txt),", errors)[1])
+    assert kept.read_text().startswith("Traceback") and "in main" in kept.read_text()
+    kept.unlink()
+
+
+@pytest.mark.parametrize(("workdir", "expected"), [("bug", 1), ("bad", 2), ("gone", 74)])
+def test_verbose_shows_the_traceback(workdir, expected):
+    status, _, errors = run_command(SMOKE, f"--workdir={workdir}", "--verbose")
+    assert status == expected
+    first, rest = errors.split("\n", 1)
+    assert first.startswith("error: ") and rest.startswith("Traceback")
+
+
+def test_a_folder_that_is_gone_has_a_status_of_its_own():
+    status, output, errors = run_command(SMOKE, "--workdir=gone")
+    assert (status, output, errors) == (74, "", "error: this disk is gone\n")
 
 
 # Configs.
@@ -195,6 +215,27 @@ def test_the_second_signal_is_not_caught(handlers, number):
         send(number)
         assert handlers == [number]
         assert should_stop()
+
+
+GRACE = """
+import os, signal, sys, time
+from latent_diffusion_jax.runtime.commands import StopRequest
+with StopRequest(grace_seconds=0.3) as should_stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(float(sys.argv[1]))  # it saves
+print("saved")
+time.sleep(0.5)
+sys.exit(should_stop.exit_status)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "status"), [("0", 143), ("60", 74)])
+def test_a_save_takes_no_longer_than_the_grace(seconds, status):
+    process = start("-c", GRACE, seconds)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert (output == "saved\n") == (status == 143)
+    assert ("not saved within the 0.3 s" in errors) == (status == 74)
 
 
 def test_handlers_are_put_back_without_any_signal(handlers):
