@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
+    config.version = 1  # of these keys, see latent_diffusion_jax/older_configs.py
     config.seed = 0  # of initial weights, noise, order of the data
     config.stages = ("first_stage", "diffusion")  # what to train, in this order
 
@@ -21,6 +22,7 @@ def get_config() -> ConfigDict:
     config.data.resize = 0  # pixels; short side before the crop; 0: image_size, -1: as it is
     config.data.random_flip = False  # left to right, half of the time
     config.data.max_damaged_share = 0.01  # of the images may be skipped; more stops the run
+    config.data.retry_seconds = 60.0  # for which data that cannot be read any more is waited for
     config.data.check_images = 10_000  # so many are decoded before the first step
     config.data.latents = ""  # folder that encode wrote, for stage 2; "": encode images each time
     config.data.num_threads = 8  # that read and decode, for each process
@@ -37,7 +39,9 @@ def get_config() -> ConfigDict:
     config.eval_every = 1_000  # steps between figures and pictures of the held-out split
     config.eval_examples = 1_000
     config.checkpoint_every = 1_000  # steps
-    config.keep_checkpoints = 2  # of each stage
+    config.keep_checkpoints = 2  # of each stage, the last ones
+    config.keep_every = 0  # steps; the checkpoints of its multiples stay as well; 0: none
+    config.grace_seconds = 0.0  # for saving, after SIGTERM or Ctrl-C; 0: as long as it takes
     config.max_skipped_steps = 10  # in a row, as they were not finite; more end the run
     config.profile = ConfigDict()  # a trace for XProf, in the workdir's profile/
     config.profile.after = 10  # steps of this call
@@ -127,6 +131,7 @@ def first_stage(kind: str) -> ConfigDict:
     section.discriminator_optimizer = section.optimizer.copy_and_resolve_references()
     section.ema_decay = 0.0  # of a moving average of the weights; 0: none
     section.num_steps = 250_000
+    section.keep_best = ""  # held-out figure whose best checkpoint stays: "l1", "-psnr" (highest)
     section.scale_examples = 1_024  # images that the latents' scale is measured on
     return section
 
@@ -203,6 +208,7 @@ def second_stage(config: ConfigDict, conditioning: str) -> None:
     # Of the moving average; bfloat16 does not follow where ema_decay is near 1.
     config.ema_dtype = "float32"
     config.num_steps = 390_000
+    config.keep_best = ""  # held-out figure whose best checkpoint stays: "loss"
 
     # Samples: what the commands and previews use where nothing else is said.
     config.sample = ConfigDict()

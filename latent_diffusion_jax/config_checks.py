@@ -16,6 +16,7 @@ from latent_diffusion_jax.models import remat
 from latent_diffusion_jax.models.discriminator import NORMS
 from latent_diffusion_jax.models.precision import PRECISIONS
 from latent_diffusion_jax.models.unet import ATTENTIONS
+from latent_diffusion_jax.older_configs import VERSION
 from latent_diffusion_jax.runtime.commands import flatten
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.training import autoencoder_losses
@@ -28,7 +29,7 @@ SECTIONS = {
     "first_stage": ("first_stage",),
     "diffusion": ("conditioning", "init_from", "unet", "schedule", "objective", "optimizer",
                   "sample", "condition_dropout", "ema_decay", "batch_size", "accumulation",
-                  "precision", "param_dtype", "ema_dtype", "num_steps"),
+                  "precision", "param_dtype", "ema_dtype", "num_steps", "keep_best"),
 }  # fmt: skip
 AT_LEAST_ONE = (
     "batch_size",
@@ -82,6 +83,9 @@ BELOW_ONE = ("first_stage.ema_decay", "first_stage.codebook.decay", "unet.dropou
 NOT_NEGATIVE = (
     "seed",
     "max_skipped_steps",
+    "keep_every",
+    "grace_seconds",
+    "data.retry_seconds",
     "unet.num_heads",
     "unet.head_dim",
     "data.check_images",
@@ -146,6 +150,11 @@ NAMES: dict[str, Any] = {
 def check_config(config: ConfigDict) -> None:
     """Raises UserError, naming the key, for values that could not work."""
     try:
+        if config.version != VERSION:
+            raise UserError(
+                f"version={config.version!r} must be {VERSION}, that of this program's configs; "
+                "what has changed since is in latent_diffusion_jax/older_configs.py"
+            )
         _check_stages(tuple(config.stages))
         sections = {section for stage in config.stages for section in SECTIONS[stage]}
         lacking = sorted(section for section in sections if section not in config)

@@ -37,6 +37,7 @@ from latent_diffusion_jax.runtime.compilation import use_persistent_cache
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
 from latent_diffusion_jax.runtime.memory import keep_freed_memory
 from latent_diffusion_jax.training import autoencoder_stage, diffusion_stage, loop
+from latent_diffusion_jax.training.keeper import Keeping
 from latent_diffusion_jax.training.state import Stage, State
 
 FLAGS = flags.FLAGS
@@ -51,11 +52,16 @@ FREE_KEYS = (
     "eval_examples",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_every",
+    "keep_best",
+    "first_stage.keep_best",
+    "grace_seconds",
     "max_skipped_steps",
     "profile.",
     "sample.",
     "num_steps",
     "data.num_threads",
+    "data.retry_seconds",
     "data.data_dir",
     "data.check_images",
     "data.latents",
@@ -145,7 +151,7 @@ def train(
         eval_every=config.eval_every,
         eval_examples=config.eval_examples,
         checkpoint_every=config.checkpoint_every,
-        keep_checkpoints=config.keep_checkpoints,
+        keeping=Keeping(config.keep_checkpoints, config.keep_every),
         max_skipped_steps=config.max_skipped_steps,
         profile=(config.profile.after, config.profile.steps),
         compiled=compiled,
@@ -191,6 +197,8 @@ def check_workdir(config: dict[str, Any], workdir: pathlib.Path) -> None:
     try:
         theirs = older_configs.upgraded(json.loads(path.read_text()))
         different = differences(theirs, config, FREE_KEYS)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if different:
@@ -292,6 +300,7 @@ def train_first_stage(
         frozen=distributed.put(perceptual, sharding.replicated(shared.mesh)),
         at_start=at_start,
         at_end=at_end,
+        keep_best=section.keep_best,
     )
 
 
@@ -344,6 +353,7 @@ def train_diffusion(
         frozen=frozen,
         kept=parts.items(),
         at_start=at_start,
+        keep_best=config.keep_best,
     )
 
 
@@ -357,7 +367,7 @@ def define_flags() -> None:
 def main() -> None:
     keep_freed_memory()
     loggers.set_up_logging()
-    with StopRequest() as stop:
+    with StopRequest(FLAGS.config.get("grace_seconds", 0.0)) as stop:
         compiled = pathlib.Path(FLAGS.compiled).expanduser() if FLAGS.compiled else None
         finished = train(FLAGS.config, FLAGS.workdir, stop, compiled)
     status = distributed.highest(stop.exit_status)  # a signal may have reached one process

@@ -9,8 +9,12 @@ from ml_collections import ConfigDict
 from configs import autoencoder_kl, txt2img
 from latent_diffusion_jax import build, config_checks, older_configs
 from latent_diffusion_jax.runtime.commands import flatten
+from latent_diffusion_jax.runtime.errors import UserError
 
-NEW = ("accumulation", "precision", "param_dtype", "ema_dtype", "mu_dtype", "nu_dtype", "eps")
+NEW = (
+    "accumulation", "precision", "param_dtype", "ema_dtype", "mu_dtype", "nu_dtype", "eps",
+    "version", "max_skipped_steps", "keep_every", "keep_best", "grace_seconds", "retry_seconds",
+)  # fmt: skip
 
 
 def of_before(config, remat):
@@ -44,6 +48,8 @@ def test_they_are_read_as_todays(module, remat, policy):
     config.first_stage.autoencoder.remat = policy
     if "unet" in config:
         config.unet.remat = policy
+    config.max_skipped_steps = 0  # what none were before
+    config.data.retry_seconds = 0.0
     assert flatten(found) == flatten(ConfigDict(json.loads(config.to_json())))
     config_checks.check_config(found)
     assert build.autoencoder(found).remat == policy
@@ -56,3 +62,17 @@ def test_what_they_say_stays():
     config.optimizer.nu_dtype = "bfloat16"
     values = json.loads(config.to_json())
     assert older_configs.upgraded(values) == values
+
+
+@pytest.mark.parametrize("version", [older_configs.VERSION + 1, -1, "1", None, True])
+def test_other_versions_are_refused(version):
+    values = json.loads(txt2img.get_config("smoke").to_json()) | {"version": version}
+    with pytest.raises(UserError, match=f"version {version!r}, and this program knows 0 to"):
+        older_configs.upgraded(values)
+
+
+def test_a_config_file_of_another_version_is_refused():
+    config = txt2img.get_config("smoke")
+    config.version = older_configs.VERSION + 1
+    with pytest.raises(UserError, match="version=2 must be 1"):
+        config_checks.check_config(config)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import latent_diffusion_jax
 from configs import pixel
 from latent_diffusion_jax.planning import programs
 from latent_diffusion_jax.runtime import checkpoints, saved_programs, sharding
-from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.errors import DataError, StorageError, UserError
 from latent_diffusion_jax.train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -86,9 +87,9 @@ def test_scale_factor_is_one_over_the_latents_deviation(trained_workdir, smoke_c
 
 
 def test_stopped_and_resumed_is_bit_identical(trained_workdir, smoke_config, tmp_path):
-    # It asks before every stage and after every step: stops at step 1 of the first stage (between
-    # two checkpoints), then at step 3 of the second.
-    for calls in (2, 8):
+    # It asks before every stage, after every step and between batches of held-out examples: stops
+    # at step 1 of the first stage (between two checkpoints), then at step 3 of the second.
+    for calls in (2, 9):
         assert not train(smoke_config, tmp_path, stop_after(calls))
     assert checkpoints.latest_step(tmp_path / "first_stage") == 4
     assert checkpoints.latest_step(tmp_path / "diffusion") == 3
@@ -183,6 +184,82 @@ def test_damaged_images_stop_the_run_before_the_first_step(smoke_config, tmp_pat
     smoke_config.data.max_damaged_share = 0.2
     smoke_config.stages = ("first_stage",)
     assert train(smoke_config, tmp_path / "run")
+
+
+def test_data_that_vanishes_ends_the_run_with_everything_saved(smoke_config, tmp_path):
+    """A run that loses its data and gets it back ends as one that never did."""
+    from PIL import Image
+
+    folder, away = tmp_path / "data", tmp_path / "away"
+    folder.mkdir()
+    for i in range(20):
+        Image.new("RGB", (40, 36), (i * 10, 0, 0)).save(folder / f"{i}.png")
+    smoke_config.stages = ("first_stage",)
+    smoke_config.data.name, smoke_config.data.caption_key = str(folder), ""
+    smoke_config.data.holdout_share, smoke_config.data.retry_seconds = 0.2, 0.0
+    smoke_config.data.num_threads = 1  # which reads few batches in advance
+    first = smoke_config.first_stage
+    first.num_steps = smoke_config.checkpoint_every = smoke_config.eval_every = 24
+    assert train(smoke_config, tmp_path / "whole")
+    asked = []
+
+    def takes_it_away() -> bool:
+        asked.append(1)
+        if len(asked) == 3:
+            folder.rename(away)
+        return False
+
+    said = r"cannot read the data.*No such file.*; the same command goes on from step (\d+)$"
+    with pytest.raises(DataError, match=said) as raised:
+        train(smoke_config, tmp_path / "run", takes_it_away)
+    step = checkpoints.latest_step(tmp_path / "run" / "first_stage")
+    assert str(raised.value).endswith(f" {step}") and 2 <= step < 24
+    away.rename(folder)
+    assert train(smoke_config, tmp_path / "run")
+    assert_same_state(tmp_path / "whole", tmp_path / "run", "first_stage")
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(smoke_config, tmp_path):
+    """The disk takes no more after the first checkpoint."""
+    smoke_config.stages, smoke_config.checkpoint_every = ("first_stage",), 1
+    smoke_config.first_stage.num_steps, smoke_config.eval_every = 12, 1000
+    folder = tmp_path / "run" / "first_stage"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def fills_the_disk() -> bool:
+        if checkpoints.latest_step(folder):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, limits[1]))
+        return False
+
+    try:
+        with pytest.raises(StorageError, match=r"cannot save a checkpoint in .*File too large"):
+            train(smoke_config, tmp_path / "run", fills_the_disk)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    step = checkpoints.latest_step(folder)
+    assert [path.name for path in folder.iterdir()] == [str(step)]
+    assert step < 12 and train(smoke_config, tmp_path / "run")
+
+
+def test_the_best_checkpoint_stays(smoke_config, tmp_path):
+    smoke_config.stages, smoke_config.keep_checkpoints = ("first_stage",), 1
+    smoke_config.first_stage.num_steps, smoke_config.eval_every = 6, 1
+    smoke_config.checkpoint_every = 100  # those that are measured are kept all the same
+    smoke_config.first_stage.optimizer.learning_rate = 0.3  # so that it gets worse now and then
+    smoke_config.first_stage.keep_best = "no_such_figure"
+    with pytest.raises(UserError, match=r"keep_best='no_such_figure' is no figure .*psnr"):
+        train(smoke_config, tmp_path / "run")
+    smoke_config.first_stage.keep_best = "-psnr"
+    assert not train(smoke_config, tmp_path / "run", stop_after(5))  # while it measures step 2
+    assert train(smoke_config, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    scores = {row["step"]: row["test/psnr"] for row in rows if "test/psnr" in row}
+    assert sorted(scores) == [1, 3, 4, 5, 6]
+    best = max(list(scores)[:-1], key=scores.get)
+    steps = {int(p.name) for p in (tmp_path / "run" / "first_stage").iterdir() if p.is_dir()}
+    assert steps == {best, 6}, scores
 
 
 def test_the_diffusion_stage_needs_a_first_stage(smoke_config, tmp_path):

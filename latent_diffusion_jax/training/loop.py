@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from latent_diffusion_jax.data import pipeline
 from latent_diffusion_jax.runtime import (
-    checkpoints,
     distributed,
     images,
     loggers,
@@ -24,7 +23,10 @@ from latent_diffusion_jax.runtime import (
     sharding,
 )
 from latent_diffusion_jax.runtime.compilation import compiler_options
+from latent_diffusion_jax.runtime.errors import DataError
 from latent_diffusion_jax.runtime.flops import traced_flops
+from latent_diffusion_jax.training.alarms import Alarms
+from latent_diffusion_jax.training.keeper import Keeping, open_keeper
 from latent_diffusion_jax.training.skipped import SkippedSteps, finite
 from latent_diffusion_jax.training.speed import Profile, Speed
 from latent_diffusion_jax.training.state import Stage, State, jit_train_step
@@ -50,7 +52,7 @@ class Run:
       eval_every: steps between figures and pictures of held-out data.
       eval_examples: held-out examples to use.
       checkpoint_every: steps.
-      keep_checkpoints: of each stage.
+      keeping: which checkpoints of each stage stay.
       max_skipped_steps: in a row; one more stops the run.
       profile: steps of a trace for XProf: the first after the start of a run, and their number.
       compiled: folder of train steps that were compiled elsewhere, by the stages' names.
@@ -68,7 +70,7 @@ class Run:
     eval_every: int
     eval_examples: int
     checkpoint_every: int
-    keep_checkpoints: int
+    keeping: Keeping = dataclasses.field(default_factory=Keeping)
     max_skipped_steps: int = 0
     profile: tuple[int, int] = (0, 0)
     compiled: pathlib.Path | None = None
@@ -86,6 +88,7 @@ def train_stage(
     kept: Mapping[str, Any] = MappingProxyType({}),
     at_start: Callable[[State], State] = lambda state: state,
     at_end: Callable[[State], dict[str, Any]] = lambda state: {},
+    keep_best: str = "",
 ) -> bool:
     """Trains one stage to its end, from its last checkpoint where there is one.
 
@@ -101,9 +104,15 @@ def train_stage(
       at_start: fresh state -> the state to start from, of the same shapes and shardings; not
         asked where there is a checkpoint.
       at_end: (final state) -> what to keep in the last checkpoint's `info`.
+      keep_best: see `Keeping.best`.
 
     Returns:
       Whether it reached its end; False where `run.should_stop` ended it, with everything saved.
+
+    Raises:
+      UserError: a checkpoint does not fit, or too many steps were skipped.
+      DataError: examples cannot be read any more; a process that is alone has saved everything.
+      StorageError: a checkpoint could not be saved.
     """
     mesh = run.mesh
     init_key, train_key, eval_key, preview_key = jax.random.split(jax.random.key(run.seed), 4)
@@ -123,14 +132,12 @@ def train_stage(
     with contextlib.ExitStack() as stack:
         stack.callback(loader.close)
         stack.enter_context(jax.set_mesh(mesh))  # that constraints inside the step are meant for
-        manager = stack.enter_context(
-            checkpoints.open_manager(run.workdir / name, keep=run.keep_checkpoints, create=True)
-        )
-        start_step = manager.latest_step() or 0
+        keeping = dataclasses.replace(run.keeping, best=keep_best)
+        keeper = stack.enter_context(open_keeper(run.workdir / name, keeping))
+        start_step = keeper.last()
         if start_step:
-            wanted = checkpoints.abstract(shapes, shardings)
-            state = checkpoints.restore_state(manager, start_step, wanted)
-            loader.set_state(checkpoints.read_json(run.workdir / name, start_step, "data"))
+            state, position = keeper.restore(shapes, shardings)
+            loader.set_state(position)
             logging.info("%s: goes on from step %d", name, start_step)
         else:
             # In a function of its own, as the compiled program lives as long as that; what it calls
@@ -138,7 +145,7 @@ def train_stage(
             init = jax.jit(lambda key: jax.jit(stage.init)(key), out_shardings=shardings)
             state = at_start(init(init_key))
             del init
-        state = state.replace(frozen=frozen)
+        state = dataclasses.replace(state, frozen=frozen)
 
         everywhere, options = sharding.replicated(mesh), compiler_options()
         state_shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -154,11 +161,14 @@ def train_stage(
         progress = loggers.Progress(name, start_step, num_steps, is_main)
         stack.callback(progress.close)
 
-        def evaluate(step: int) -> None:
+        def evaluate(step: int) -> bool:
+            """Figures and pictures of held-out data; whether it came to its end."""
             batches = in_order(run.test_source, prepare, mesh, batch_size, run.eval_examples)
             totals: dict[str, float] = {}
             first, count = None, 0
             for batch, valid in batches:
+                if first is not None and distributed.highest(run.should_stop()):
+                    return False
                 first = batch if first is None else first
                 for metric, values in eval_step(state, batch, eval_key).items():
                     total = float(np.asarray(values)[:valid].sum())
@@ -166,17 +176,21 @@ def train_stage(
                 count += valid
             figures = {metric: total / count for metric, total in totals.items()}
             writer.scalars(step, figures, "test")
+            keeper.evaluated(step, figures)
             shown = ", ".join(f"{metric} {value:.4g}" for metric, value in figures.items())
             logging.info("%s: step %d, held out: %s", name, step, shown)
             pictures = images.to_uint8(np.asarray(preview(state, first, preview_key)))
             grid = images.grid(pictures[:PREVIEW_IMAGES], PREVIEW_COLUMNS)
             writer.image(step, "preview", grid)
+            return True
 
         def save(step: int, info: dict[str, Any]) -> None:
             items = {"data": ahead.position, "config": run.config, "info": info, **kept}
-            checkpoints.save(manager, step, state.replace(frozen=None), items)
+            keeper.save(step, state, items)
 
         ahead = _Ahead(loader, lambda rows: sharding.put_batch(rows, mesh, batch_size))
+        if keep_best:
+            keeping.check(jax.eval_shape(stage.eval_step, state, ahead.batch, eval_key))
         traced = train_step.trace(state, ahead.batch, train_key)
         speed = Speed(batch_size, traced_flops(traced.jaxpr), mesh)
         lowered = traced.lower()
@@ -192,11 +206,14 @@ def train_stage(
         stack.callback(profile.close)
         step, stopped = start_step, False
         skipped = SkippedSteps(name, batch_size, run.max_skipped_steps)
+        alarms = Alarms(name)
         unread: list[tuple[int, dict[str, jax.Array]]] = []  # figures of the last steps
 
         def read() -> None:
-            skipped.look(jax.device_get(unread))
+            figures = jax.device_get(unread)
             unread.clear()
+            skipped.look(figures)
+            alarms.look(figures)
 
         def finish(step: int, metrics: dict[str, jax.Array]) -> None:
             """Waits for a step, whose figures are logged when it is their turn."""
@@ -212,32 +229,54 @@ def train_stage(
             rate, seconds = measured["images_per_second"], measured["seconds_per_step"]
             progress.figures(step, figures.get("loss", math.nan), rate, seconds)
 
+        running: list[tuple[int, dict[str, jax.Array]]] = []  # steps that devices work on
+
+        def finish_steps(but: int = 0) -> None:
+            while len(running) > but:
+                finish(*running.pop(0))
+
         speed.restart(step)
-        running: tuple[int, dict[str, jax.Array]] | None = None  # the step that devices work on
-        while step < num_steps and not stopped:
-            with profile.step(step, running):
-                state, metrics = compiled(state, ahead.batch, train_key)
-            step += 1
-            speed.waited += ahead.advance()
-            before, running = running, (step, metrics)
-            if before is not None:  # this one is on its way meanwhile
-                finish(*before)
-            progress.step(step)
-            stopped = agree_to_stop(run.should_stop, name, step)
-            saves = step < num_steps and (stopped or step % run.checkpoint_every == 0)
-            evaluates = step == num_steps or (step % run.eval_every == 0 and not stopped)
-            if saves or evaluates:
-                finish(*running)
-                running = None
-            if saves:
+        saved = start_step
+        try:
+            while step < num_steps and not stopped:
+                with profile.step(step, running[-1] if running else None):
+                    state, metrics = compiled(state, ahead.batch, train_key)
+                step += 1
+                running.append((step, metrics))
+                speed.waited += ahead.advance()
+                keeper.check()
+                finish_steps(but=1)
+                progress.step(step)
+                stopped = agree_to_stop(run.should_stop, name, step)
+                evaluates = step == num_steps or (step % run.eval_every == 0 and not stopped)
+                saves = step < num_steps and (
+                    stopped or step % run.checkpoint_every == 0 or (evaluates and bool(keep_best))
+                )
+                if saves or evaluates:
+                    finish_steps()
+                if saves:
+                    read()
+                    save(step, {})
+                    saved = step
+                if evaluates:
+                    stopped = not evaluate(step)
+                    speed.restart(step)
+            if stopped and saved < step < num_steps:  # asked for during an evaluation
                 read()
                 save(step, {})
-            if evaluates:
-                evaluate(step)
-                speed.restart(step)
+        except DataError as error:
+            # Of several processes the others do not know, and their devices wait for this one's.
+            if distributed.num_processes() == 1 and saved < step < num_steps:
+                finish_steps()
+                read()
+                save(step, {})
+                keeper.wait()
+            raise DataError(
+                f"{error}; the same command goes on from step {keeper.last()}"
+            ) from error
         if step == num_steps:
             save(step, at_end(state))
-        manager.wait_until_finished()
+        keeper.wait()
     if step < num_steps:
         logging.info(
             "%s: stopped and saved at step %d of %d; the same command goes on from there",
