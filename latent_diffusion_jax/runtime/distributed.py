@@ -5,11 +5,13 @@ fails tells the others, which then stop too, instead of waiting for it.
 """
 
 import contextlib
+import ctypes
 import itertools
 import json
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -27,13 +29,17 @@ from jax.sharding import PartitionSpec as P
 from latent_diffusion_jax.runtime.clusters import Cluster
 
 CONNECT_SECONDS = 300.0  # that processes wait for each other at the start
-HEARTBEAT_SECONDS = 60  # without a sign of life after which a process counts as dead
+HEARTBEAT_SECONDS = 60  # without a sign of life after which JAX ends all processes
+SILENT_SECONDS = 30.0  # after which the first process does, and says who is silent
+ALIVE_SECONDS = 3.0  # between signs of life
 WATCH_SECONDS = 0.5  # between looks whether another process has failed
-NOT_MET = 75  # status where processes did not meet (EX_TEMPFAIL): another try may do
+NOT_MET = 75  # status where processes did not meet, or one is lost (EX_TEMPFAIL): try again
 LEAVE_SECONDS = 10.0  # that one which has failed waits for the others to notice
 WAIT_SECONDS = 30 * 24 * 3600  # that one which is done waits for the others, if they live
 
-FAILED = "latent_diffusion_jax/failed/"  # keys: the number of a process; values: what it says
+# Keys: the number of a process.
+FAILED = "latent_diffusion_jax/failed/"  # values: what it says
+ALIVE = "latent_diffusion_jax/alive/"  # values: how often it has said so
 
 
 def connect(cluster: Cluster) -> None:
@@ -81,7 +87,36 @@ def connect(cluster: Cluster) -> None:
         # JAX gives each task of SLURM one GPU, also where a task has a host to itself.
         jax.config.update("jax_cuda_visible_devices", "all")
         jax.config.update("jax_rocm_visible_devices", "all")
+    if jax.process_index() != 0:
+        _say_when_cut_off(jax_distributed.global_state.coordinator_address)
     threading.Thread(target=_watch, name="watch", daemon=True).start()
+
+
+def _say_when_cut_off(address: str | None) -> None:
+    """Lets this process say why it ends when the first one is gone, of which JAX makes an abort."""
+    host, _, port = (address or "").rpartition(":")
+
+    def say(number: int) -> None:
+        try:
+            socket.create_connection((host, int(port)), 2.0).close()
+        except (OSError, ValueError):
+            _say(
+                f"process {process_index()} of {num_processes()} has lost process 0 at {address}, "
+                "which was killed, or its host or the way to it is gone; the same command on all "
+                "hosts goes on from the last checkpoint"
+            )
+            os._exit(NOT_MET)
+        libc.signal(number, 0)  # something else is wrong
+
+    # Python's own handlers run when the signal is over, which here is too late.
+    libc, kind = ctypes.CDLL(None), ctypes.CFUNCTYPE(None, ctypes.c_int)
+    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    libc.signal.restype = ctypes.c_void_p
+    _handlers.append(kind(say))
+    libc.signal(signal.SIGABRT, ctypes.cast(_handlers[-1], ctypes.c_void_p))
+
+
+_handlers: list[Any] = []  # kept alive
 
 
 def _check_port(address: str) -> None:
@@ -166,11 +201,19 @@ def fail(message: str, status: int) -> NoReturn:
 
 
 def _watch() -> None:
-    """Ends this process when another one has failed."""
-    client = _client()
-    while True:
+    """Ends this process when another one has failed, or says nothing any more."""
+    client, me = _client(), process_index()
+    others = range(1, num_processes())
+    heard = {f"{ALIVE}{i}": ("", time.monotonic()) for i in others}  # last signs and their times
+    next_sign = 0.0
+    for count in itertools.count():
         time.sleep(WATCH_SECONDS)
         try:
+            if time.monotonic() >= next_sign:
+                next_sign = time.monotonic() + ALIVE_SECONDS
+                client.key_value_set(f"{ALIVE}{me}", str(count), allow_overwrite=True)
+                if me == 0:
+                    _listen(dict(client.key_value_dir_get(ALIVE)), heard)
             failed = client.key_value_dir_get(FAILED)
         except RuntimeError:  # the connection is gone, of which JAX makes an end
             return
@@ -185,6 +228,28 @@ def _watch() -> None:
                 _say(f"process {key.removeprefix(FAILED)} of {num_processes()} has failed")
         _leave_together()
         _exit(status)
+
+
+def _listen(signs: dict[str, str], heard: dict[str, tuple[str, float]]) -> None:
+    """Ends all processes where one has been silent for too long.
+
+    Args:
+      signs: of life, by key.
+      heard: those of before, with the times of when they were new; brought up to date.
+    """
+    now = time.monotonic()
+    for key, (last, _) in list(heard.items()):
+        if signs.get(key, last) != last:
+            heard[key] = signs[key], now
+    silent = [key for key, (_, when) in heard.items() if now - when > SILENT_SECONDS]
+    if silent:
+        names = ", ".join(key.removeprefix(ALIVE) for key in silent)
+        fail(
+            f"process {names} of {num_processes()} has said nothing for {SILENT_SECONDS:g} s: it "
+            "was killed or hangs, or its host is gone; the same command on all hosts goes on from "
+            "the last checkpoint",
+            NOT_MET,
+        )
 
 
 def _leave_together() -> None:
