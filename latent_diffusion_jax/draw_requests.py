@@ -9,6 +9,7 @@ from latent_diffusion_jax.conditioning.class_label import guided_labels
 from latent_diffusion_jax.conditioning.prompts import guided_tokens
 from latent_diffusion_jax.loaded_model import Model
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.texts import check_text
 
 MAX_SEED = 2**32 - 1
 
@@ -38,6 +39,8 @@ def make_condition(
       UserError: the model does not take what is given, or does not get what it needs.
     """
     negatives = _listed(negative_prompt)
+    for text in (*_listed(prompt), *negatives):
+        check_text(str(text), f"the prompt {str(text)[:40]!r}")
     if model.tokenizer is None and any((*_listed(prompt), *negatives)):
         raise UserError("this model takes no prompt")
     if (label is None) == bool(model.ldm.num_labels):

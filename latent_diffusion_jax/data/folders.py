@@ -10,6 +10,7 @@ from absl import logging
 
 from latent_diffusion_jax.data.patience import RecordError
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.texts import check_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TRAIN, TEST = "train", ("test", "validation", "valid", "val")  # subfolders that are splits
@@ -110,6 +111,9 @@ def _captions(folder: pathlib.Path, captioned: bool) -> list[tuple[pathlib.Path,
                 pairs.append((path, [text.read_text("utf-8").strip()]))
             except UnicodeDecodeError as error:
                 raise UserError(f"caption file {text} is not UTF-8 text: {error}") from error
+            except OSError as error:
+                raise UserError(f"cannot read caption file {text}: {error.strerror}") from error
+            check_text(pairs[-1][1][0], f"caption file {text}")
         else:
             without.append(path)
     if without:
@@ -128,13 +132,15 @@ def _read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
         lines = table.read_text("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{table} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {table}: {error.strerror}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{table}, line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # too long a number, too deep a list
             raise UserError(f"{where}: not a JSON object: {error}") from error
         columns = list(row) if isinstance(row, dict) else [type(row).__name__]
         missing = [column for column in CAPTION_COLUMNS if column not in columns]
@@ -146,6 +152,8 @@ def _read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
         texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
         if not texts or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{where}: text must be a string or a list of strings")
+        for text in texts:
+            check_text(text, f"{where}: text")
         path = table.parent / str(row["file_name"])
         try:
             inside, exists = path.resolve().is_relative_to(root), path.is_file()

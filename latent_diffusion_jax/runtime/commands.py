@@ -33,6 +33,7 @@ from absl import app, flags
 from latent_diffusion_jax.runtime import clusters, distributed
 from latent_diffusion_jax.runtime.compilation import use_persistent_cache
 from latent_diffusion_jax.runtime.errors import StorageError, UserError
+from latent_diffusion_jax.runtime.texts import printable
 
 UNEXPECTED = 1
 
@@ -96,10 +97,10 @@ def described(error: Exception) -> str:
     """
     trace = "".join(traceback.format_exception(error)).strip()
     if isinstance(error, UserError):
-        text = " ".join(str(error).split())
+        text = printable(str(error))
     else:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
-        text = f"unexpected {type(error).__name__}: {reason}"
+        text = printable(f"unexpected {type(error).__name__}: {reason}")
     if "--verbose" in sys.argv[1:]:
         return f"{text}\n{trace}"
     if not isinstance(error, UserError):

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from latent_diffusion_jax.runtime.errors import UserError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names for what image files give, by channels
+MAX_ASPECT = 64  # of the long side to the short one: scaled by that, it would fill the memory
 NPY_MAGIC = b"\x93NUMPY"  # first bytes of a .npy file
 
 
@@ -31,7 +32,8 @@ def decode(data: bytes | np.ndarray, channels: int = 3) -> Image.Image | np.ndar
     uint8 [H, W, channels], or [H, W] for one channel.
 
     Raises:
-      ValueError: the bytes are no whole image in a format that Pillow reads, or it is too large.
+      ValueError: the bytes are no whole image in a format that Pillow reads, or it is too large or
+        too long.
       ChannelsError: an array has another shape or dtype, or image files have no such `channels`.
     """
     if isinstance(data, np.ndarray):
@@ -80,6 +82,7 @@ def _open(data: bytes) -> Image.Image:
         image: Image.Image = Image.open(io.BytesIO(data))
         if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise ValueError(f"{image.width}x{image.height} pixels are too many")
+        _check_aspect(image.width, image.height)
         image.load()
         return ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
@@ -96,7 +99,13 @@ def _checked_array(array: np.ndarray, channels: int) -> np.ndarray:
         raise ChannelsError(f"wanted uint8 [H, W, {channels}], found an array {found}")
     if not array.size:
         raise ValueError("an array without pixels")
+    _check_aspect(array.shape[1], array.shape[0])
     return array
+
+
+def _check_aspect(width: int, height: int) -> None:
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"{width}x{height} pixels: one side is over {MAX_ASPECT} times the other")
 
 
 def resize_and_crop(

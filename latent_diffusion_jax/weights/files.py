@@ -105,13 +105,14 @@ def _read_safetensors(path: pathlib.Path, skip: tuple[str, ...]) -> dict[str, np
         file.seek(8)
         try:
             header = json.loads(file.read(size))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FormatError(unknown) from error
     header.pop("__metadata__", None)
     expected = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if expected != total:
         reason = "it is cut short" if total < expected else "it is damaged"
         raise FormatError(f"{reason}: it has {total} bytes and should have {expected}")
+    _check_places(header)
     data = torch_files.mapped(path)
     tensors = {}
     for name, entry in header.items():
@@ -126,6 +127,16 @@ def _read_safetensors(path: pathlib.Path, skip: tuple[str, ...]) -> dict[str, np
         part = data[8 + size + begin : 8 + size + end]
         tensors[name] = part.view(dtype).reshape(shape)
     return tensors
+
+
+def _check_places(header: Mapping[str, Any]) -> None:
+    """Raises FormatError where tensors do not lie one after the other, as the format has them."""
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, behind = entry["data_offsets"]
+        if not (type(begin) is type(behind) is int and begin == end <= behind):
+            raise FormatError(f"it is damaged: tensor {name!r} does not follow the one before it")
+        end = behind
 
 
 def read_metadata(path: str | pathlib.Path) -> dict[str, str]:

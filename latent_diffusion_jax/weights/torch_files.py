@@ -3,16 +3,19 @@
 Both of Torch's formats are known: the zip archive (1.6 and later) and the older stream of pickles.
 In either a pickle says which tensors there are and where in which storage they lie. A pickle is a
 program, which may call anything that it names; here its names resolve to the few things that
-tensors need, and everything else to objects that take every call and do nothing.
+tensors need, and everything else to objects that take every call and do nothing. What would take
+more memory than the file can be meant to is refused before it does.
 """
 
 import collections
 import dataclasses
 import functools
 import io
+import math
 import os
 import pathlib
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Callable
 from typing import Any, BinaryIO
@@ -23,6 +26,9 @@ import numpy as np
 ZIP_MAGIC = b"PK\x03\x04"
 ZIP_HEADER = 30  # bytes before each member's name, whose length is in the last four
 CHUNK = 1 << 20  # bytes of an archive that are checked at once
+MAX_PICKLE = 256 << 20  # bytes; that of Stable Diffusion with its optimizer has less than one MiB
+MAX_GROWTH = 8  # times the file's bytes that its tensors may take
+MIN_GROWTH = 64 << 20  # bytes that they may take in any case
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION = 1001
 
@@ -99,7 +105,7 @@ class _Tensor:
 class _Inert:
     """Stands for an object that is not needed. Takes what pickles do to objects and does nothing.
 
-    `find_class` makes a new subclass each time: what a pickle sets on one, no other read sees.
+    `find_class` makes new subclasses for each read: what a pickle sets on one, no other read sees.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
@@ -152,6 +158,7 @@ class _Unpickler(pickle.Unpickler):
         # Files of Python 2 hold byte strings; Latin-1 has a character for each byte.
         super().__init__(file, encoding="latin1")  # type: ignore[arg-type]
         self.dtypes: dict[str, np.dtype] = {}  # of the storages, by key
+        self._inert: dict[tuple[str, str], type] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -162,7 +169,7 @@ class _Unpickler(pickle.Unpickler):
             return _DType(STORAGES[name])
         if module == "torch" and name in DTYPES:
             return _DType(name)
-        return type("Inert", (_Inert,), {})
+        return self._inert.setdefault((module, name), type("Inert", (_Inert,), {}))
 
     def persistent_load(self, pid: Any) -> Any:
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"):
@@ -175,6 +182,25 @@ class _Unpickler(pickle.Unpickler):
             first, size = int(pid[5][1]), int(pid[5][2])
             return _Storage(key, dtype, size, first)
         return _Storage(key, dtype, size)
+
+
+def _load(file: BinaryIO) -> tuple[Any, dict[str, np.dtype]]:
+    """What the next pickle of a file holds, and the dtypes of its storages.
+
+    Raises:
+      FormatError: it would take far more memory than its length.
+    """
+    start = file.tell()
+    for count, (code, argument, _) in enumerate(pickletools.genops(file)):
+        # Objects are numbered as they come; the unpickler makes room for all numbers up to one.
+        numbers = code.name in ("PUT", "BINPUT", "LONG_BINPUT")
+        if numbers and not (isinstance(argument, int) and 0 <= argument <= count):
+            raise FormatError("it is damaged: its pickle numbers objects that are not there")
+        if file.tell() - start > MAX_PICKLE:
+            raise FormatError(f"its pickle has more than {MAX_PICKLE >> 20} MiB")
+    file.seek(start)
+    unpickler = _Unpickler(file)
+    return unpickler.load(), unpickler.dtypes
 
 
 def is_torch(head: bytes) -> bool:
@@ -202,6 +228,12 @@ def read(path: pathlib.Path, skip: tuple[str, ...] = ()) -> dict[str, np.ndarray
         return _read_legacy(file, mapped(path), skip)
 
 
+def _check_growth(what: str, size: int, data: np.ndarray) -> None:
+    """Raises FormatError where something takes so many bytes, of which the file has too few."""
+    if size > max(MIN_GROWTH, MAX_GROWTH * len(data)):
+        raise FormatError(f"{what} would take {size} bytes, and the file has only {len(data)}")
+
+
 def mapped(path: pathlib.Path) -> np.ndarray:
     """The bytes of a file, uint8 and read-only, read as they are used."""
     return np.asarray(np.memmap(path, np.uint8, "r"))
@@ -216,15 +248,19 @@ def _read_zip(
     root = names[0].removesuffix("data.pkl")
     if root + "byteorder" in archive.namelist() and archive.read(root + "byteorder") != b"little":
         raise FormatError("its numbers are big-endian")
-    unpickler = _Unpickler(io.BytesIO(archive.read(names[0])))
-    tensors = _tensors(unpickler.load(), skip)
-    return _arrays(tensors, lambda key: _member(archive, data, f"{root}data/{key}"))
+    if archive.getinfo(names[0]).file_size > MAX_PICKLE:
+        raise FormatError(f"its pickle has more than {MAX_PICKLE >> 20} MiB")
+    loaded, _ = _load(io.BytesIO(archive.read(names[0])))
+    return _arrays(
+        _tensors(loaded, skip), data, lambda k: _member(archive, data, f"{root}data/{k}")
+    )
 
 
 def _member(archive: zipfile.ZipFile, data: np.ndarray, name: str) -> np.ndarray:
     """The bytes of an archive's member, mapped unless they are compressed; they are checked."""
     info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED:
+        _check_growth(f"its part {name}", info.file_size, data)
         return np.frombuffer(archive.read(name), np.uint8)
     with archive.open(name) as member:
         while member.read(CHUNK):  # which ends with an error where the sum is wrong
@@ -235,19 +271,19 @@ def _member(archive: zipfile.ZipFile, data: np.ndarray, name: str) -> np.ndarray
 
 
 def _read_legacy(file: BinaryIO, data: np.ndarray, skip: tuple[str, ...]) -> dict[str, np.ndarray]:
-    if _Unpickler(file).load() != LEGACY_MAGIC or _Unpickler(file).load() != LEGACY_VERSION:
+    if _load(file)[0] != LEGACY_MAGIC or _load(file)[0] != LEGACY_VERSION:
         raise FormatError("it is a pickle, but not one that torch.save wrote")
-    system = _Unpickler(file).load()
+    system, _ = _load(file)
     if not system.get("little_endian", True):
         raise FormatError("its numbers are big-endian")
-    unpickler = _Unpickler(file)
-    tensors = _tensors(unpickler.load(), skip)
+    loaded, dtypes = _load(file)
+    tensors = _tensors(loaded, skip)
     places = {}
-    for key in _Unpickler(file).load():  # each storage is its size, then its numbers
+    for key in _load(file)[0]:  # each storage is its size, then its numbers
         size = int.from_bytes(file.read(8), "little", signed=True)
         if size < 0:
             raise FormatError("it is damaged: a storage has a negative size")
-        places[str(key)] = file.tell(), size * unpickler.dtypes[str(key)].itemsize
+        places[str(key)] = file.tell(), size * dtypes[str(key)].itemsize
         file.seek(places[str(key)][1], os.SEEK_CUR)
     end, size = file.tell(), file.seek(0, os.SEEK_END)
     if end > size:
@@ -257,7 +293,7 @@ def _read_legacy(file: BinaryIO, data: np.ndarray, skip: tuple[str, ...]) -> dic
         start, size = places[key]
         return data[start : start + size]
 
-    return _arrays(tensors, load)
+    return _arrays(tensors, data, load)
 
 
 def _tensors(loaded: Any, skip: tuple[str, ...]) -> dict[str, _Tensor]:
@@ -274,11 +310,11 @@ def _tensors(loaded: Any, skip: tuple[str, ...]) -> dict[str, _Tensor]:
 
 
 def _arrays(
-    tensors: dict[str, _Tensor], load: Callable[[str], np.ndarray]
+    tensors: dict[str, _Tensor], data: np.ndarray, load: Callable[[str], np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Arrays (read-only views) of tensors; the bytes of each storage are looked up once."""
     load = functools.cache(load)
-    arrays = {}
+    arrays, total = {}, 0
     for name, tensor in tensors.items():
         storage = tensor.storage
         values = load(storage.key).view(storage.dtype)
@@ -286,6 +322,8 @@ def _arrays(
             raise FormatError(f"it is cut short: the numbers of {name!r} are not all there")
         values = values[storage.first : storage.first + storage.size]
         arrays[name] = _view(name, values, tensor)
+        total += math.prod(tensor.shape) * values.itemsize
+        _check_growth("its tensors", total, data)
     return arrays
 
 

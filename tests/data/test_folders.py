@@ -334,3 +334,13 @@ def test_arrays_beside_images_are_not_images(make_folder):
     folder = make_folder(files)
     found = captions(folder, "train", caption_key="") | captions(folder, "test", caption_key="")
     assert sorted(found) == ["0.png", "1.png", "2.png", "3.png"]
+
+
+def test_captions_with_control_characters_are_refused(make_folder):
+    line = json.dumps({"file_name": "a.png", "text": "a \x1b[2J duck"})
+    folder = make_folder({"a.png": None, "metadata.jsonl": line})
+    with raises_user_error(f"{folder / 'metadata.jsonl'}, line 1: text has the control character"):
+        open_source(str(folder), "train")
+    folder = make_folder({"b/b.png": None, "b/b.txt": "a \x00 duck"}) / "b"
+    with raises_user_error(f"caption file {folder / 'b.txt'} has the control character"):
+        open_source(str(folder), "train")

@@ -128,6 +128,17 @@ def test_damaged_images_are_value_errors(data):
         images.decode(data)
 
 
+@pytest.mark.parametrize("size", [(650, 10), (10, 650)])
+def test_images_that_are_far_too_long(size):
+    """Scaled up so that the short side is as long as the crop, they would fill the memory."""
+    file = io.BytesIO()
+    Image.new("RGB", size).save(file, "png")
+    for data in (file.getvalue(), np.zeros((*size[::-1], 3), np.uint8)):
+        with pytest.raises(ValueError, match=r"one side is over 64 times the other"):
+            images.decode(data)
+    assert images.decode(np.zeros((640, 10, 3), np.uint8)).shape == (640, 10, 3)
+
+
 def test_decompression_bomb(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # the image has 1024
     with pytest.raises(ValueError, match="pixels"):

@@ -123,13 +123,21 @@ def test_truncated_files_are_refused_wherever_they_end(tmp_path):
     [
         ({"w": {"dtype": "F7", "shape": [2], "data_offsets": [0, 8]}}, "unknown dtype 'F7'"),
         ({"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, "'w' has the wrong number"),
-        ({"w": {"dtype": "F32", "shape": [2], "data_offsets": [8, 8]}}, "'w' has the wrong number"),
+        ({"w": {"dtype": "F32", "shape": [2], "data_offsets": [8, 8]}}, "'w' does not follow"),
+        ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "'w' does not follow"),
+        (
+            {
+                "v": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]},
+                "w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
+            },
+            "'w' does not follow the one before it",
+        ),
         (
             {
                 "v": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]},
                 "w": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]},
             },
-            "'w' has the wrong number",
+            "'w' does not follow",
         ),
         ({"w": {"shape": [2], "data_offsets": [0, 8]}}, "damaged"),
         ({"w": [0, 8]}, "damaged"),

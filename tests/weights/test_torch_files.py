@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.weights import files
+from latent_diffusion_jax.weights import files, torch_files
 
 FORMATS = {"zip": True, "legacy": False}
 
@@ -324,3 +324,63 @@ def test_big_endian_files_are_refused(tmp_path):
 def test_deep_pickles_end_in_a_message(tmp_path):
     depth = 10 * sys.getrecursionlimit()
     check_refused(with_pickle(tmp_path / "a.pt", b"(l" * depth + b"a" * (depth - 1) + b"."))
+
+
+# Files that are small and would take much.
+
+
+def archive_of(path, pickled: bytes, members=(), **options):
+    """An archive like Torch's with a pickle of one's own."""
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        for name, content in members:
+            archive.writestr(f"archive/data/{name}", content)
+    return path
+
+
+def of_tensor(size: int, shape, strides) -> bytes:
+    """The pickle of a dict with one tensor of float32."""
+
+    class Rebuilt:
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor_v2, (Storage(), 0, shape, strides, False, {})
+
+    class Storage:
+        pass
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            if isinstance(value, Storage):
+                return ("storage", torch.FloatStorage, "0", "cpu", size)
+            return None
+
+    file = io.BytesIO()
+    Pickler(file, 2).dump({"w": Rebuilt()})
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("put", [b"r" + struct.pack("<I", 2**31), b"p2147483648\n", b"q\xff"])
+def test_numbers_of_objects_that_are_not_there_take_no_memory(tmp_path, put, save):
+    """The unpickler would make a list of four thousand million places for the first."""
+    check_refused(archive_of(tmp_path / "a.ckpt", b"\x80\x02}" + put + b"."), "numbers objects")
+    path = save({"w": torch.zeros(3)})
+    path.write_bytes(b"\x80\x02}" + put + b".")
+    check_refused(path, "numbers objects")
+
+
+def test_a_tensor_that_repeats_one_number_for_ever_is_refused(tmp_path):
+    path = tmp_path / "a.ckpt"
+    archive_of(path, of_tensor(1, (10**6, 10**6), (0, 0)), [("0", bytes(4))])
+    check_refused(path, f"its tensors would take {4 * 10**12} bytes, and the file has only")
+    archive_of(path, of_tensor(1, (1000, 10), (0, 0)), [("0", bytes(4))])
+    assert files.read(path)["w"].shape == (1000, 10)
+
+
+def test_parts_that_unpack_to_far_more_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.ckpt"
+    packed = {"compression": zipfile.ZIP_DEFLATED}
+    archive_of(path, of_tensor(2**25, (2**25,), (1,)), [("0", bytes(2**27))], **packed)
+    check_refused(path, f"its part archive/data/0 would take {2**27} bytes")
+    monkeypatch.setattr(torch_files, "MAX_PICKLE", 10**6)
+    archive_of(path, b"\x80\x02}(" + b"N" * 2 * 10**6 + b"u.", **packed)
+    check_refused(path, "its pickle has more than 0 MiB")
