@@ -1,5 +1,6 @@
 """What is wrong with a config, found before anything is built from it or any work is done."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -187,6 +188,10 @@ def _check_values(values: dict[str, Any]) -> None:
             wanted = [key for key in wanted if not key.startswith(VQ_ONLY)]
         return [(key, values[key]) for key in wanted]
 
+    for key, value in present((*AT_LEAST_ONE, *NOT_NEGATIVE, *IN_UNIT_INTERVAL, *BELOW_ONE)):
+        values_of = value if isinstance(value, tuple | list) else (value,)  # one for each level
+        if not all(isinstance(v, int | float) and math.isfinite(v) for v in values_of):
+            raise UserError(f"{key}={value!r} must be a number")
     for key, value in present(AT_LEAST_ONE):
         if value < 1:
             raise UserError(f"{key}={value} must be at least 1")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 
 import numpy as np
+import orbax.checkpoint as orbax_checkpoint
 import rich.console
 import rich.progress
 from absl import logging
@@ -42,13 +43,22 @@ class _CurrentStderr:
 def set_up_logging() -> None:
     """Shows this package's log lines and other packages' warnings, without their chatter.
 
-    Of several processes the first one speaks; of the others errors are shown.
+    Of several processes the first one speaks; of the others errors are shown. What Orbax has to say
+    of saves that fail is shown with --verbose alone: it raises it too.
     """
     package = str(pathlib.Path(__file__).parent.parent)
+    orbax = str(pathlib.Path(orbax_checkpoint.__file__).parent)
+    verbose = "--verbose" in sys.argv[1:]
+
+    def is_shown(record: python_logging.LogRecord) -> bool:
+        if record.pathname.startswith(package):
+            return True
+        return record.levelno > python_logging.INFO and (
+            verbose or not record.pathname.startswith(orbax)
+        )
+
     handler = logging.get_absl_handler()
-    handler.addFilter(
-        lambda record: record.levelno > python_logging.INFO or record.pathname.startswith(package)
-    )
+    handler.addFilter(is_shown)
     handler.setFormatter(_Formatter())
     handler.python_handler.setStream(_CurrentStderr())
     logging.set_verbosity(logging.INFO if distributed.process_index() == 0 else logging.ERROR)
