@@ -9,8 +9,9 @@ the whole. What is kept, from most memory to least:
   blocks   inputs of blocks: each one's inside is computed anew
   full     inputs of levels and what skips over them: a level's blocks are computed anew, and
            each one's inside once more
-  offload  nothing on the device: what the blocks give waits in the host's memory, and their insides
-           are computed anew; for what no other policy fits, at the speed of the host's link
+  offload  what the blocks give waits in the host's memory, and their insides are computed anew. The
+           compiler for TPUs fetches it back all at once, so that it saves nothing there: a step of
+           Stable Diffusion with 32 images a chip needs 13.9 GiB of a v5e, with `blocks` 13.7
 """
 
 from typing import Any

@@ -26,7 +26,6 @@ def resident() -> int:
 @pytest.mark.slow
 def test_nothing_grows(smoke_config, tmp_path):
     smoke_config.stages = ("first_stage",)
-    smoke_config.mesh.data = 1
     smoke_config.first_stage.num_steps = STEPS
     smoke_config.first_stage.autoencoder.channel_multipliers = (1, 1)
     smoke_config.data.image_size, smoke_config.data.num_threads = 16, 2
