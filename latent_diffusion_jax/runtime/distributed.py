@@ -301,12 +301,17 @@ def first_one_first(name: str) -> Iterator[None]:
         wait_for_all(name)
 
 
+def gather(values: np.ndarray) -> np.ndarray:
+    """The values of all processes, one row for each."""
+    if num_processes() == 1:
+        return values[None]
+    wait_for_all("compare")  # devices would not wait for long
+    return np.asarray(multihost_utils.process_allgather(values))
+
+
 def highest(value: int) -> int:
     """The highest of the processes' values."""
-    if num_processes() == 1:
-        return value
-    wait_for_all("compare")  # devices would not wait for long
-    return int(np.max(multihost_utils.process_allgather(np.array(value))))
+    return int(np.max(gather(np.array(value))))
 
 
 def agree_to_stop(what: str, wanted: bool, step: int, notice: int) -> bool:

@@ -1,11 +1,12 @@
 """Where figures and pictures of a run go: JSONL, TensorBoard and the terminal."""
 
+import contextlib
 import json
 import logging as python_logging
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import orbax.checkpoint as orbax_checkpoint
@@ -14,6 +15,7 @@ import rich.progress
 from absl import logging
 
 from latent_diffusion_jax.runtime import distributed
+from latent_diffusion_jax.runtime.errors import StorageError
 
 
 class _Formatter(python_logging.Formatter):
@@ -68,6 +70,9 @@ class RunWriter:
     """Writes a stage's scalars to `metrics.jsonl` and TensorBoard, and its images to the latter.
 
     On every process but the first all methods do nothing.
+
+    Raises:
+      StorageError: by any method but `close`, where files cannot be written.
     """
 
     def __init__(self, workdir: pathlib.Path, stage: str, start_step: int, enabled: bool):
@@ -76,12 +81,13 @@ class RunWriter:
             return
         from tensorboardX import SummaryWriter  # imports PyTorch where that is installed
 
-        path = workdir / "metrics.jsonl"
-        _drop_rows(path, stage, start_step)
-        self._jsonl = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(
-            str(workdir / "tensorboard" / stage), purge_step=start_step + 1, flush_secs=10
-        )
+        self._path = workdir / "metrics.jsonl"
+        with self._writing():
+            _drop_rows(self._path, stage, start_step)
+            self._jsonl = self._path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(
+                str(workdir / "tensorboard" / stage), purge_step=start_step + 1, flush_secs=10
+            )
 
     def scalars(self, step: int, values: Mapping[str, float], prefix: str) -> None:
         """Writes e.g. `train/loss` for prefix `train`."""
@@ -89,20 +95,42 @@ class RunWriter:
             return
         named = {f"{prefix}/{name}": float(value) for name, value in values.items()}
         row = {"stage": self._stage, "step": step, "time": round(time.time(), 3), **named}
-        self._jsonl.write(json.dumps(row) + "\n")
-        self._jsonl.flush()
-        for name, value in named.items():
-            self._board.add_scalar(name, value, step)
+        with self._writing():
+            self._jsonl.write(json.dumps(row) + "\n")
+            self._jsonl.flush()
+            self._check_board()
+            for name, value in named.items():
+                self._board.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes uint8 [H, W, 3]."""
         if self._enabled:
-            self._board.add_image(name, image, step, dataformats="HWC")
+            with self._writing():
+                self._check_board()
+                self._board.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        if self._enabled:
+        if not self._enabled:
+            return
+        with contextlib.suppress(OSError, StorageError):  # what matters has been said
             self._jsonl.close()
+            self._check_board()
             self._board.close()
+
+    def _check_board(self) -> None:
+        """Its thread ends where it cannot write; all that is given to it after waits for ever."""
+        if not self._board._get_file_writer().event_writer._worker.is_alive():
+            raise StorageError(
+                f"cannot write {self._path.parent / 'tensorboard'}: is the disk full?"
+            )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise StorageError(f"cannot write {error.filename or self._path}: {reason}") from error
 
 
 def _drop_rows(path: pathlib.Path, stage: str, start_step: int) -> None:

@@ -243,7 +243,7 @@ def train_stage(
                     state, metrics = compiled(state, ahead.batch, train_key)
                 step += 1
                 running.append((step, metrics))
-                speed.waited += ahead.advance()
+                speed.waited += ahead.advance(last=step == num_steps)
                 keeper.check()
                 finish_steps(but=1)
                 progress.step(step)
@@ -315,9 +315,14 @@ class _Ahead:
         self._loader, self._put = loader, put
         self.advance()
 
-    def advance(self) -> float:
-        """Takes the batch after; gives the seconds for which the loader let it wait."""
+    def advance(self, last: bool = False) -> float:
+        """Takes the batch after; gives the seconds for which the loader let it wait.
+
+        After the last step only the position goes on.
+        """
         self.position = self._loader.get_state()
+        if last:
+            return 0.0
         start = time.perf_counter()
         rows = next(self._loader)
         waited = time.perf_counter() - start

@@ -4,6 +4,8 @@ import io
 import json
 import logging as python_logging
 import pathlib
+import resource
+import signal
 import struct
 import sys
 import time
@@ -15,6 +17,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import latent_diffusion_jax
 from latent_diffusion_jax.runtime import loggers
+from latent_diffusion_jax.runtime.errors import StorageError
 
 
 def rows(workdir: pathlib.Path) -> list[dict]:
@@ -256,3 +259,36 @@ def test_log_lines_name_warnings(absl_handler):
     assert info.endswith(" about x") and info.count(":") == 2  # those of the clock
     warning = absl_handler.format(record(python_logging.WARNING, "about %s", __file__))
     assert warning.endswith(" warning: about x")
+
+
+@pytest.fixture
+def small_files():
+    """A function that lets no file of this process grow beyond some bytes, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_scalars_that_cannot_be_written_are_an_error(tmp_path, small_files):
+    writer = loggers.RunWriter(tmp_path, "first_stage", 0, True)
+    writer.scalars(1, {"loss": 1.0}, "train")
+    small_files(2_000)
+    with pytest.raises(StorageError, match=r"cannot write .*metrics\.jsonl: File too large"):
+        for step in range(2, 1000):
+            writer.scalars(step, {"loss": 1.0}, "train")
+    writer.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_pictures_that_cannot_be_written_are_an_error_and_nothing_waits(tmp_path, small_files):
+    """TensorBoard's thread dies of it; its queue would then fill up, and block for ever."""
+    writer = loggers.RunWriter(tmp_path, "first_stage", 0, True)
+    small_files(20_000)
+    noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
+    with pytest.raises(StorageError, match=r"cannot write .*tensorboard: is the disk full"):
+        for step in range(8):  # the queue holds more
+            writer.image(step, "preview", noise)
+            time.sleep(0.3)
+    writer.close()
