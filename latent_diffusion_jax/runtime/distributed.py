@@ -311,7 +311,7 @@ def gather(values: np.ndarray) -> np.ndarray:
 
 def highest(value: int) -> int:
     """The highest of the processes' values."""
-    return int(np.max(gather(np.array(value))))
+    return value if num_processes() == 1 else int(np.max(gather(np.array(value))))
 
 
 def agree_to_stop(what: str, wanted: bool, step: int, notice: int) -> bool:
