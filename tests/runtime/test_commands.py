@@ -220,11 +220,11 @@ def test_the_second_signal_is_not_caught(handlers, number):
 GRACE = """
 import os, signal, sys, time
 from latent_diffusion_jax.runtime.commands import StopRequest
-with StopRequest(grace_seconds=0.3) as should_stop:
+with StopRequest(grace_seconds=2.0) as should_stop:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(float(sys.argv[1]))  # it saves
 print("saved")
-time.sleep(0.5)
+time.sleep(2.5)  # the grace ends with the block
 sys.exit(should_stop.exit_status)
 """
 
@@ -235,7 +235,7 @@ def test_a_save_takes_no_longer_than_the_grace(seconds, status):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
     assert (output == "saved\n") == (status == 143)
-    assert ("not saved within the 0.3 s" in errors) == (status == 74)
+    assert ("not saved within the 2 s" in errors) == (status == 74)
 
 
 def test_handlers_are_put_back_without_any_signal(handlers):
