@@ -3,9 +3,7 @@
 import json
 import os
 import random
-import resource
 import shutil
-import signal
 import time
 
 import jax
@@ -157,16 +155,6 @@ def test_a_changed_byte_is_an_error_or_changes_nothing(saved, seed):
 
 
 # Disks that cannot take a checkpoint.
-
-
-@pytest.fixture
-def small_files():
-    """A function that lets no file of this process grow beyond some bytes, which disks can do."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("at_once", [True, False])

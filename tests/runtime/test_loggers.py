@@ -4,8 +4,6 @@ import io
 import json
 import logging as python_logging
 import pathlib
-import resource
-import signal
 import struct
 import sys
 import time
@@ -259,16 +257,6 @@ def test_log_lines_name_warnings(absl_handler):
     assert info.endswith(" about x") and info.count(":") == 2  # those of the clock
     warning = absl_handler.format(record(python_logging.WARNING, "about %s", __file__))
     assert warning.endswith(" warning: about x")
-
-
-@pytest.fixture
-def small_files():
-    """A function that lets no file of this process grow beyond some bytes, as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_scalars_that_cannot_be_written_are_an_error(tmp_path, small_files):
