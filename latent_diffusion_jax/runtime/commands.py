@@ -6,7 +6,7 @@ The status that a command exits with:
   1    an error that nobody has thought of
   2    wrong flags, config, data, weights or checkpoints: `UserError`
   74   a folder that was there cannot be read or written any more: `StorageError`
-  75   not all processes came together: `distributed.NOT_MET`
+  75   not all processes came together, or one is lost: `distributed.NOT_MET`
   130  stopped by Ctrl-C, with everything saved
   143  stopped by SIGTERM, with everything saved
 """

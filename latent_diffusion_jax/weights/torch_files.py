@@ -191,12 +191,12 @@ def _load(file: BinaryIO) -> tuple[Any, dict[str, np.dtype]]:
       FormatError: it would take far more memory than its length.
     """
     start = file.tell()
-    for count, (code, argument, _) in enumerate(pickletools.genops(file)):
+    for count, (code, argument, place) in enumerate(pickletools.genops(file)):
         # Objects are numbered as they come; the unpickler makes room for all numbers up to one.
         numbers = code.name in ("PUT", "BINPUT", "LONG_BINPUT")
         if numbers and not (isinstance(argument, int) and 0 <= argument <= count):
             raise FormatError("it is damaged: its pickle numbers objects that are not there")
-        if file.tell() - start > MAX_PICKLE:
+        if place is not None and place - start > MAX_PICKLE:
             raise FormatError(f"its pickle has more than {MAX_PICKLE >> 20} MiB")
     file.seek(start)
     unpickler = _Unpickler(file)

@@ -1,5 +1,7 @@
 """Rematerialisation: no policy changes a number or a name; on TPUs each takes less memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +80,7 @@ def test_unknown_policies_are_named(network):
         jax.eval_shape(network(remat="some").init, jax.random.key(0), *arguments)
 
 
+@functools.cache
 def gradient_memory(policy, tpu):
     """Temporary bytes of a UNet's gradient on a TPU, and of the host's memory."""
     network = UNet(
@@ -111,6 +114,13 @@ def test_what_policies_take_of_a_tpus_memory(tpu_topology):
     bytes_of = {policy: gradient_memory(policy, tpu) for policy in remat.POLICIES}
     temporary = {policy: found[0] for policy, found in bytes_of.items()}
     assert temporary["none"] > temporary["dots"] > temporary["blocks"] >= temporary["full"]
-    # What is offloaded is on the host; the compiler fetches it all at once, which saves nothing.
     assert temporary["offload"] < temporary["none"]
     assert [policy for policy, found in bytes_of.items() if found[1]] == ["offload"]
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="the compiler fetches what was offloaded back all at once")
+def test_offload_takes_less_of_a_tpus_memory_than_blocks(tpu_topology):
+    """What the policy is for."""
+    (tpu,) = tpu_topology("v5e:1x1")
+    assert gradient_memory("offload", tpu)[0] < gradient_memory("blocks", tpu)[0]
