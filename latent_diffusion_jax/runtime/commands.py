@@ -228,10 +228,11 @@ class StopRequest:
             self._end.start()
 
     def _give_up(self) -> None:
-        print(
-            f"error: not saved within the {self._grace_seconds:g} s of grace_seconds; the same "
-            "command goes on from the last whole checkpoint",
-            file=sys.stderr,
-            flush=True,
+        message = (
+            f"not saved within the {self._grace_seconds:g} s of grace_seconds; the same command "
+            "goes on from the last whole checkpoint"
         )
+        if distributed.num_processes() > 1:
+            distributed.fail(message, StorageError.status)
+        print(f"error: {message}", file=sys.stderr, flush=True)
         os._exit(StorageError.status)

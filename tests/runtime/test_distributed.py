@@ -126,6 +126,22 @@ def test_all_stop_after_the_same_step():
     assert run(main) == [(0, ["12 False"])] * 2
 
 
+@pytest.mark.parametrize("told", ["True", "me == 0", "me == 1"])
+def test_no_process_outlives_the_grace_of_those_that_a_signal_reached(told):
+    main = f"""
+    with commands.StopRequest(grace_seconds=2.0):
+        if {told}:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)  # it saves
+"""
+    start = time.monotonic()
+    (status, said), (other_status, said_by_other) = run(main)
+    assert (status, other_status) == (74, 74)
+    (line,) = [line for line in said + said_by_other if "not saved within the 2 s" in line]
+    assert line.startswith("error: process 1 of 2: not" if told == "me == 1" else "error: not")
+    assert time.monotonic() - start < 60
+
+
 def test_an_error_of_one_process_ends_the_others():
     outcomes = run(f"if me == 1: raise UserError('only here')\n    {WAIT}")
     assert outcomes == [
