@@ -234,7 +234,7 @@ def evaluate_first_stage(
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "Folder that train wrote.")
+    flags.DEFINE_string("workdir", None, "Folder that train wrote, or a checkpoint in it.")
     flags.DEFINE_string("first_stage", None, "Measure an autoencoder: a workdir, or a checkpoint.")
     flags.DEFINE_string("out", None, "Folder for the results; default the workdir.")
     flags.DEFINE_integer("max_real", None, "Real images of each split to use.", lower_bound=10)
@@ -273,8 +273,9 @@ def what_to_measure(
     if bool(workdir) == bool(first_stage):
         raise UserError("give one of --workdir=FOLDER and --first_stage=PATH")
     path = pathlib.Path(workdir or first_stage or "").expanduser().absolute()
-    has_both = checkpoints.latest_step(path / "diffusion") is not None
-    has_first = first_stages.is_workdir(path)
+    of_model, step = checkpoints.workdir_and_step(path, "diffusion")
+    of_first, first_step = checkpoints.workdir_and_step(path, "first_stage")
+    has_both, has_first = step is not None, first_step is not None
     alone = bool(first_stage) or (has_first and not has_both)
     for name in given:
         if alone and name in SAMPLING:
@@ -289,6 +290,8 @@ def what_to_measure(
             f"the results of --first_stage={path} need a place of their own, as it is no workdir "
             "with a first stage alone; give --out=FOLDER"
         )
+    if not out and not of_model == of_first == path:
+        raise UserError(f"the results of one checkpoint, {path}, need --out=FOLDER")
     return path, pathlib.Path(out).expanduser().absolute() if out else path, alone
 
 

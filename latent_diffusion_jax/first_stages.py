@@ -50,7 +50,8 @@ class FirstStage(NamedTuple):
 
 
 def is_workdir(path: pathlib.Path) -> bool:
-    return checkpoints.latest_step(path / "first_stage") is not None
+    """Whether it is one with a first stage, or a checkpoint of that in one."""
+    return checkpoints.workdir_and_step(path, "first_stage")[1] is not None
 
 
 def complete_step(config: ConfigDict, workdir: pathlib.Path) -> int:
@@ -70,9 +71,9 @@ def open_first_stage(path: str | pathlib.Path, mesh: jax.sharding.Mesh | None = 
     """Opens a first stage.
 
     Args:
-      path: a workdir of `train` (its last checkpoint of the first stage), a diffusers folder of an
-        AutoencoderKL or VQModel or of a pipeline that has one, or a file of CompVis' layout
-        (.safetensors or .ckpt).
+      path: a workdir of `train` (its last checkpoint of the first stage), one checkpoint in it
+        (`<workdir>/first_stage/<step>`), a diffusers folder of an AutoencoderKL or VQModel or of a
+        pipeline that has one, or a file of CompVis' layout (.safetensors or .ckpt).
       mesh: where parameters go; None for one device.
 
     Raises:
@@ -81,10 +82,11 @@ def open_first_stage(path: str | pathlib.Path, mesh: jax.sharding.Mesh | None = 
     path = pathlib.Path(path).expanduser()
     if mesh is None:
         mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.local_devices()[:1])
+    workdir, step = checkpoints.workdir_and_step(path.absolute(), "first_stage")
     if not path.exists():
         raise UserError(f"first stage {path} does not exist")
-    if is_workdir(path):
-        return _open_workdir(path.absolute(), mesh)
+    if step is not None:
+        return _open_workdir(workdir, step, mesh)
     loaded = autoencoders.load(path)
     network = build.AUTOENCODERS[loaded.kind](**loaded.fields)
     params = distributed.put(loaded.params, sharding.state_sharding(loaded.params, mesh))
@@ -92,10 +94,8 @@ def open_first_stage(path: str | pathlib.Path, mesh: jax.sharding.Mesh | None = 
     return FirstStage(loaded.kind, loaded.fields, network, params, scale, None)
 
 
-def _open_workdir(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> FirstStage:
+def _open_workdir(workdir: pathlib.Path, step: int, mesh: jax.sharding.Mesh) -> FirstStage:
     directory = workdir / "first_stage"
-    step = checkpoints.latest_step(directory)
-    assert step is not None
     config = ConfigDict(older_configs.upgraded(checkpoints.read_json(directory, step, "config")))
     network = build.autoencoder(config)
     part = "ema" if config.first_stage.ema_decay else "params"

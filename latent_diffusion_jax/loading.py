@@ -38,17 +38,18 @@ def load_model(
         model = published.load_file(
             path, tokenizer, ema, num_heads, prediction_type, build.DTYPES[dtype]
         )
-    elif not path.is_dir():
-        raise UserError(f"{path} does not exist")
     elif (path / published.INDEX_FILE).is_file():
         model = published.load_folder(path, build.DTYPES[dtype])
-    elif checkpoints.latest_step(path / "diffusion") is not None:
-        model = _load_workdir(path)
     else:
-        raise UserError(
-            f"{path} is no model: it has neither {published.INDEX_FILE}, as folders of diffusers "
-            f"have, nor a checkpoint of the diffusion stage, as workdirs of train have"
-        )
+        workdir, step = checkpoints.workdir_and_step(path, "diffusion")
+        if not path.is_dir():
+            raise UserError(f"{path} does not exist")
+        if step is None:
+            raise UserError(
+                f"{path} is no model: it has neither {published.INDEX_FILE}, as folders of "
+                "diffusers have, nor a checkpoint of the diffusion stage, as workdirs of train have"
+            )
+        model = _load_workdir(workdir, step)
     return _computing_in(model, dtype) if dtype != "float32" else model
 
 
@@ -76,11 +77,9 @@ def _computing_in(model: Model, dtype: str) -> Model:
     return dataclasses.replace(model, ldm=build.computing_in(model.ldm, dtype), params=params)
 
 
-def _load_workdir(workdir: pathlib.Path) -> Model:
+def _load_workdir(workdir: pathlib.Path, step: int) -> Model:
     """What `train` left: the moving average of the second stage, the decoder."""
     directory = workdir / "diffusion"
-    step = checkpoints.latest_step(directory)
-    assert step is not None
     config = ConfigDict(older_configs.upgraded(checkpoints.read_json(directory, step, "config")))
     try:
         parts = conditions.restore(config, workdir)

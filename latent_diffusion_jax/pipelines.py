@@ -302,8 +302,9 @@ def load(
     """Loads a model to draw with.
 
     Args:
-      path: a workdir of `train`, a folder of diffusers (Stable Diffusion 1.x and 2.x, LDM), or a
-        single file of CompVis' layout (.safetensors or .ckpt).
+      path: a workdir of `train` (its last checkpoint), one checkpoint in it
+        (`<workdir>/diffusion/<step>`), a folder of diffusers (Stable Diffusion 1.x and 2.x, LDM),
+        or a single file of CompVis' layout (.safetensors or .ckpt).
       dtype: of parameters and computation, `float32` or `bfloat16`.
       tokenizer: folder of the tokenizer, for single files that were not written here.
       ema: the moving average of the weights where a file holds both.

@@ -3,8 +3,9 @@ r"""Draws images with a trained model: from prompts, or labels, or neither.
   python -m latent_diffusion_jax.sample --workdir=runs/digits --prompt="a handwritten seven" \
       --num_images=16 --out=grid.png
 
---workdir, or --model, is a workdir of train, a folder of diffusers or a single file of CompVis'
-layout. --image starts from a picture, --mask paints into its white parts.
+--workdir, or --model, is a workdir of train, one of its checkpoints (runs/digits/diffusion/4000), a
+folder of diffusers or a single file of CompVis' layout. --image starts from a picture, and --mask
+paints into its white parts.
 
 Many at once: --prompts_file=FILE (one a line) and --out=DIR/ (one PNG an image, and a
 metadata.jsonl with the prompt and the seed of each).

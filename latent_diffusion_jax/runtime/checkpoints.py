@@ -115,6 +115,31 @@ def latest_step(directory: pathlib.Path) -> int | None:
         return manager.latest_step()
 
 
+def workdir_and_step(path: pathlib.Path, stage: str) -> tuple[pathlib.Path, int | None]:
+    """The workdir and the step that a path stands for.
+
+    Args:
+      path: a workdir, or one checkpoint in it, `<workdir>/<stage>/<step>`.
+      stage: whose checkpoint it would be.
+
+    Returns:
+      (workdir, step), of a workdir that of the last checkpoint; (path, None) of any other path.
+
+    Raises:
+      UserError: there is no such checkpoint, and the workdir has others.
+    """
+    if not (path.parent.name == stage and path.name.isdecimal()):
+        return path, latest_step(path / stage)
+    if latest_step(path.parent) is None:
+        return path, None
+    with open_manager(path.parent) as manager:
+        steps = manager.all_steps()
+    if int(path.name) not in steps:
+        shown = ", ".join(map(str, sorted(steps)))
+        raise UserError(f"there is no checkpoint {path}; {path.parent} has those of steps {shown}")
+    return path.parent.parent, int(path.name)
+
+
 def save(manager: Any, step: int, state: Any, items: dict[str, Any]) -> None:
     """Starts an asynchronous save of a state and of JSON items; a step already saved is kept.
 

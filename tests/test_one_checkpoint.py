@@ -1,0 +1,54 @@
+"""A checkpoint of a workdir, `<workdir>/<stage>/<step>`, is a model or a first stage of its own."""
+
+import jax
+import numpy as np
+import pytest
+
+from latent_diffusion_jax import evaluate, first_stages, loading
+from latent_diffusion_jax.runtime import checkpoints
+from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.train import train
+
+
+@pytest.fixture
+def workdir(smoke_config, tmp_path):
+    """With the checkpoints of two steps of each stage."""
+    smoke_config.keep_checkpoints = 2
+    smoke_config.first_stage.ema_decay = smoke_config.ema_decay = 0.5
+    assert train(smoke_config, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def assert_same(tree, other):
+    assert jax.tree.all(jax.tree.map(np.array_equal, tree, other))
+
+
+def test_it_is_opened_by_its_path(workdir, tmp_path):
+    params = {step: loading.load_model(workdir / "diffusion" / step).params for step in "24"}
+    assert_same(params["4"], loading.load_model(workdir).params)
+    same = jax.tree.map(np.array_equal, params["2"], params["4"])
+    assert jax.tree.all(same["autoencoder"]) and not jax.tree.all(same["unet"])
+    shapes = {"ema": {"unet": jax.tree.map(jax.typeof, params["2"]["unet"])}}
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = checkpoints.abstract(shapes, jax.tree.map(lambda _: place, shapes))
+    saved = checkpoints.restore_part(workdir / "diffusion", 2, wanted)
+    assert_same(params["2"]["unet"], saved["ema"]["unet"])
+
+    stages = {
+        step: first_stages.open_first_stage(workdir / "first_stage" / step).params for step in "24"
+    }
+    assert_same(stages["4"], first_stages.open_first_stage(workdir).params)
+    assert not jax.tree.all(jax.tree.map(np.array_equal, stages["2"], stages["4"]))
+
+    # Only those that are there; and their figures do not take the place of the workdir's own.
+    for stage, opens in (
+        ("diffusion", loading.load_model),
+        ("first_stage", first_stages.open_first_stage),
+    ):
+        with pytest.raises(UserError, match=rf"no checkpoint .*{stage}/3; .* of steps 2, 4$"):
+            opens(workdir / stage / "3")
+    for flags in ((f"{workdir}/diffusion/2", None), (None, f"{workdir}/first_stage/2")):
+        with pytest.raises(UserError, match=r"results of one checkpoint, .*/2, need --out=FOLDER"):
+            evaluate.what_to_measure(*flags, None, [])
+        path, out, alone = evaluate.what_to_measure(*flags, str(tmp_path), [])
+        assert (str(path), out, alone) == (flags[0] or flags[1], tmp_path, flags[0] is None)
