@@ -105,14 +105,19 @@ def make(
     return Parts()
 
 
-def restore(config: ConfigDict, workdir: pathlib.Path) -> Parts:
+def restore(config: ConfigDict, workdir: pathlib.Path, step: int | None = None) -> Parts:
     """What a run's workdir holds.
+
+    Args:
+      config: of the run.
+      workdir: its folder.
+      step: of the checkpoint to look into; default the last one.
 
     Raises:
       UserError: it is not there, or damaged.
     """
     directory = workdir / "diffusion"
-    step = checkpoints.latest_step(directory)
+    step = checkpoints.latest_step(directory) if step is None else step
     assert step is not None
     if config.conditioning == "text":
         text = json.dumps(checkpoints.read_json(directory, step, "tokenizer"))

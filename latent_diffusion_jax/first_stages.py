@@ -55,14 +55,14 @@ def is_workdir(path: pathlib.Path) -> bool:
 
 
 def complete_step(config: ConfigDict, workdir: pathlib.Path) -> int:
-    """Step of a workdir's complete first stage.
+    """Step of the complete first stage of a workdir, or of one checkpoint in it.
 
     Raises:
       UserError: there is none.
     """
-    directory = workdir / "first_stage"
-    step = checkpoints.latest_step(directory)
+    home, step = checkpoints.workdir_and_step(workdir, "first_stage")
     if step is None or step < config.first_stage.num_steps:
+        directory = home / "first_stage" if workdir == home else workdir
         raise UserError(f"{directory} holds no complete first stage; train it first (stages)")
     return step
 
@@ -96,7 +96,7 @@ def open_first_stage(path: str | pathlib.Path, mesh: jax.sharding.Mesh | None = 
 
 def _open_workdir(workdir: pathlib.Path, step: int, mesh: jax.sharding.Mesh) -> FirstStage:
     directory = workdir / "first_stage"
-    config = ConfigDict(older_configs.upgraded(checkpoints.read_json(directory, step, "config")))
+    config = older_configs.of_checkpoint(directory, step)
     network = build.autoencoder(config)
     part = "ema" if config.first_stage.ema_decay else "params"
     shapes = {part: {"autoencoder": param_shapes(network)}}
@@ -123,6 +123,8 @@ def load_frozen(
     """
     complete_step(config, workdir)
     found = open_first_stage(workdir, mesh)
+    if found.scale_factor is None:
+        raise UserError(f"the last checkpoint in {workdir / 'first_stage'} has no scale_factor")
     scale = np.float32(found.scale_factor)
     return {
         "autoencoder": found.params,
@@ -182,7 +184,8 @@ def adopt(config: ConfigDict, workdir: pathlib.Path, params: Any, scale_factor: 
     state = State(step, {"autoencoder": params}, None, None)
     with checkpoints.open_manager(workdir / "first_stage", create=True) as manager:
         checkpoints.save(manager, config.first_stage.num_steps, state, items)
-        manager.wait_until_finished()
+        with checkpoints.saving(manager):
+            manager.wait_until_finished()
 
 
 def encoder_fingerprint(params: Any) -> str:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build, conditions, first_stages, older_configs, published
 from latent_diffusion_jax.diffusion.process import PREDICTION_TYPES
@@ -80,9 +79,9 @@ def _computing_in(model: Model, dtype: str) -> Model:
 def _load_workdir(workdir: pathlib.Path, step: int) -> Model:
     """What `train` left: the moving average of the second stage, the decoder."""
     directory = workdir / "diffusion"
-    config = ConfigDict(older_configs.upgraded(checkpoints.read_json(directory, step, "config")))
+    config = older_configs.of_checkpoint(directory, step)
     try:
-        parts = conditions.restore(config, workdir)
+        parts = conditions.restore(config, workdir, step)
         ldm, conditioning = parts.network(config), parts.host_half(config)
         settings = build.sample_settings(config)
     except (AttributeError, KeyError) as error:  # ml_collections names the key

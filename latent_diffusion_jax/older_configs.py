@@ -4,9 +4,13 @@ A config says its version as `version`, which goes up when a key comes, goes or 
 each step from one version to the next has a function here. Version 0 are those without the key.
 """
 
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from latent_diffusion_jax.runtime import checkpoints
 from latent_diffusion_jax.runtime.errors import UserError
 
 VERSION = 1  # of `configs/base.py`
@@ -40,6 +44,27 @@ def upgraded(config: dict[str, Any]) -> dict[str, Any]:
     for step in _STEPS[version:]:
         config = step(config)
     return config | {"version": VERSION}
+
+
+def of_checkpoint(directory: pathlib.Path, step: int) -> ConfigDict:
+    """The config in a checkpoint, `upgraded`.
+
+    Args:
+      directory: of a stage.
+      step: of the checkpoint.
+
+    Raises:
+      UserError: it is not there, damaged, or of a version that is not known here.
+    """
+    found = checkpoints.read_json(directory, step, "config")
+    try:
+        return ConfigDict(upgraded(found))
+    except UserError as error:
+        raise UserError(f"cannot use checkpoint {directory}/{step}: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"cannot use checkpoint {directory}/{step}: its config is that of no version ({error})"
+        ) from error
 
 
 def _from_0(config: dict[str, Any]) -> dict[str, Any]:

@@ -259,7 +259,13 @@ class Pipeline:
                 batch[name] = value
             request = Request(**batch)
             found, steps = self._run(program, request, distributed.put(plan, same), size)
-            drawn.append(pictures.to_uint8(distributed.fetch(found))[: count - start])
+            images = distributed.fetch(found)
+            if not np.isfinite(images).all():
+                raise UserError(
+                    "what the model drew is no picture, but not finite: its weights are damaged, "
+                    f"or too large for {np.dtype(self.ldm.unet.dtype).name}"
+                )
+            drawn.append(pictures.to_uint8(images)[: count - start])
             shown.append(pictures.to_uint8(distributed.fetch(steps))[:, : count - start])
         return np.concatenate(drawn), np.concatenate(shown, axis=1)
 

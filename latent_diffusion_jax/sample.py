@@ -22,7 +22,7 @@ from latent_diffusion_jax.diffusion.noise_levels import SIGMAS
 from latent_diffusion_jax.diffusion.samplers import SAMPLERS
 from latent_diffusion_jax.runtime import images, loggers
 from latent_diffusion_jax.runtime.commands import run
-from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.errors import StorageError, UserError
 
 FLAGS = flags.FLAGS
 
@@ -55,13 +55,20 @@ def write_folder(
       drawn: uint8 [N, H, W, C].
       texts: prompts, or labels, N.
       seeds: N.
+
+    Raises:
+      StorageError: a file cannot be written.
     """
     rows = []
     for i, (image, prompt, seed) in enumerate(zip(drawn, texts, seeds, strict=True)):
         name = f"{i:05d}.png"
         images.save_png(folder / name, image)
         rows.append(json.dumps({"file_name": name, "text": prompt, "seed": seed}) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
+    path = folder / "metadata.jsonl"
+    try:
+        path.write_text("".join(rows), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def define_flags() -> None:

@@ -301,6 +301,7 @@ def train_first_stage(
         at_start=at_start,
         at_end=at_end,
         keep_best=section.keep_best,
+        offloads=section.autoencoder.remat == "offload",
     )
 
 
@@ -354,6 +355,7 @@ def train_diffusion(
         kept=parts.items(),
         at_start=at_start,
         keep_best=config.keep_best,
+        offloads=config.unet.remat == "offload",
     )
 
 

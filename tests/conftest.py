@@ -4,7 +4,9 @@ import fcntl
 import gc
 import os
 import pathlib
+import resource
 import shutil
+import signal
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -88,3 +90,13 @@ def trained_workdir(tmp_path_factory, common_dir, data_dir):
     workdir = tmp_path_factory.mktemp("trained") / "run"
     shutil.copytree(common, workdir)
     return workdir
+
+
+@pytest.fixture
+def small_files():
+    """A function that lets no file of this process grow beyond some bytes, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)

@@ -2,12 +2,13 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 from ml_collections import ConfigDict
 
 from configs import autoencoder_kl, txt2img
-from latent_diffusion_jax import build, config_checks, older_configs
+from latent_diffusion_jax import build, config_checks, first_stages, loading, older_configs
 from latent_diffusion_jax.runtime.commands import flatten
 from latent_diffusion_jax.runtime.errors import UserError
 
@@ -76,3 +77,22 @@ def test_a_config_file_of_another_version_is_refused():
     config.version = older_configs.VERSION + 1
     with pytest.raises(UserError, match="version=2 must be 1"):
         config_checks.check_config(config)
+
+
+def test_a_checkpoint_of_a_version_that_is_not_known_is_named(trained_workdir, tmp_path):
+    shutil.copytree(trained_workdir, tmp_path / "run")
+    for stage, opens in (
+        ("diffusion", loading.load_model),
+        ("first_stage", first_stages.open_first_stage),
+    ):
+        folder = tmp_path / "run" / stage / "4"
+        shutil.rmtree(folder / "digests")
+        path = folder / "config" / "metadata"
+        values = json.loads(path.read_text())
+        for changes, said in (
+            ({"version": 99}, "its config has the version 99, and this program knows 0 to"),
+            ({"version": 0, "data": 7}, "its config is that of no version"),
+        ):
+            path.write_text(json.dumps(values | changes))
+            with pytest.raises(UserError, match=rf"cannot use checkpoint .*/{stage}/4: {said}"):
+                opens(tmp_path / "run")

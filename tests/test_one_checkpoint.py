@@ -1,10 +1,12 @@
 """A checkpoint of a workdir, `<workdir>/<stage>/<step>`, is a model or a first stage of its own."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
 
-from latent_diffusion_jax import evaluate, first_stages, loading
+from latent_diffusion_jax import evaluate, first_stages, loading, pipelines
 from latent_diffusion_jax.runtime import checkpoints
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.train import train
@@ -52,3 +54,19 @@ def test_it_is_opened_by_its_path(workdir, tmp_path):
             evaluate.what_to_measure(*flags, None, [])
         path, out, alone = evaluate.what_to_measure(*flags, str(tmp_path), [])
         assert (str(path), out, alone) == (flags[0] or flags[1], tmp_path, flags[0] is None)
+
+
+def test_weights_that_are_no_numbers_draw_no_picture(trained_workdir):
+    model = loading.load_model(trained_workdir)
+    model.params["unet"] = jax.tree.map(lambda x: x * np.nan, model.params["unet"])
+    with pytest.raises(UserError, match=r"is no picture, but not finite.*large for float32"):
+        pipelines.Pipeline(model)("a duck", steps=1, seed=0)
+
+
+def test_a_first_stage_without_a_scale_is_not_built_upon(trained_workdir, tmp_path):
+    shutil.copytree(trained_workdir, tmp_path / "run")
+    folder = tmp_path / "run" / "first_stage" / "4"
+    shutil.rmtree(folder / "digests")
+    (folder / "info" / "metadata").write_text("{}")
+    with pytest.raises(UserError, match=r"in .*first_stage has no scale_factor"):
+        loading.load_model(tmp_path / "run")

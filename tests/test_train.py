@@ -219,25 +219,20 @@ def test_data_that_vanishes_ends_the_run_with_everything_saved(smoke_config, tmp
     assert_same_state(tmp_path / "whole", tmp_path / "run", "first_stage")
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run(smoke_config, tmp_path):
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(smoke_config, tmp_path, small_files):
     """The disk takes no more after the first checkpoint."""
     smoke_config.stages, smoke_config.checkpoint_every = ("first_stage",), 1
     smoke_config.first_stage.num_steps, smoke_config.eval_every = 12, 1000
     folder = tmp_path / "run" / "first_stage"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def fills_the_disk() -> bool:
         if checkpoints.latest_step(folder):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, limits[1]))
+            small_files(4_000)
         return False
 
-    try:
-        with pytest.raises(StorageError, match=r"cannot save a checkpoint in .*File too large"):
-            train(smoke_config, tmp_path / "run", fills_the_disk)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with pytest.raises(StorageError, match=r"cannot save a checkpoint in .*File too large"):
+        train(smoke_config, tmp_path / "run", fills_the_disk)
+    small_files(resource.RLIM_INFINITY)
     step = checkpoints.latest_step(folder)
     assert [path.name for path in folder.iterdir()] == [str(step)]
     assert step < 12 and train(smoke_config, tmp_path / "run")

@@ -9,6 +9,7 @@ from typing import Any
 from absl import logging
 
 from latent_diffusion_jax.data.patience import RecordError
+from latent_diffusion_jax.runtime import images
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.texts import check_text
 
@@ -57,7 +58,9 @@ class FolderSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self._paths[index]
         try:
-            data = path.read_bytes()
+            data = images.read_bytes(path)
+        except ValueError as error:
+            raise RecordError(str(path), str(error)) from error
         except OSError as error:
             if _has_files(path.parent):
                 raise RecordError(str(path), error.strerror or str(error)) from error
@@ -172,6 +175,8 @@ def _classes(folder: pathlib.Path) -> list[str]:
     root = folder / TRAIN if (folder / TRAIN).is_dir() else folder
     names = sorted(path.name for path in root.iterdir() if path.is_dir())
     names = [name for name in names if name not in TEST and not name.startswith(".")]
+    for name in names:
+        check_text(name, f"the name of the class folder {name!r} in {root}")
     return names if len(names) > 1 else []
 
 

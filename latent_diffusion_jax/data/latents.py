@@ -7,11 +7,12 @@ all numbers are little-endian. Their shape is [crops, flips, h, w, c]: crops of 
 first is the centre, where there is one alone), each as it is and, with two flips, mirrored.
 """
 
+import contextlib
 import errno
 import json
 import pathlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -19,7 +20,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from latent_diffusion_jax.data.patience import Patience
-from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.errors import StorageError, UserError
 
 INDEX_FILE = "latents.json"
 FORMAT = 1
@@ -60,18 +61,33 @@ class ShardWriter:
     def __init__(self, path: pathlib.Path):
         self._path = path
         self._partial = path.with_suffix(".partial")
-        self._writer = ArrayRecordWriter(str(self._partial), WRITER_OPTIONS)
+        with self._writing():
+            self._writer = ArrayRecordWriter(str(self._partial), WRITER_OPTIONS)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._writer.write(to_bytes(record))
+        """Raises StorageError where it cannot, as all methods do."""
+        with self._writing():
+            self._writer.write(to_bytes(record))
 
     def close(self, *, whole: bool) -> None:
-        """Ends the file; one that is not whole is deleted."""
-        self._writer.close()
-        if whole:
+        """Ends the file; one that is not whole is deleted, whatever is the matter with it."""
+        if not whole:
+            with contextlib.suppress(OSError, RuntimeError):
+                self._writer.close()
+            with contextlib.suppress(OSError):
+                self._partial.unlink(missing_ok=True)
+            return
+        with self._writing():
+            self._writer.close()
             self._partial.replace(self._path)
-        else:
-            self._partial.unlink()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # the latter from the writer's own code
+            reason = getattr(error, "strerror", None) or _first_line(error)
+            raise StorageError(f"cannot write latents {self._path}: {reason}") from error
 
 
 def count_records(path: pathlib.Path) -> int:

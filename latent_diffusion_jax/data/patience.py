@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from absl import logging
 
+from latent_diffusion_jax.runtime import stopping
 from latent_diffusion_jax.runtime.errors import DataError
 
 PAUSE = 1.0  # seconds between tries
@@ -43,24 +44,25 @@ class Patience:
         """What `read` gives.
 
         Raises:
-          DataError: nothing, in all that time.
+          DataError: nothing, in all that time or until the process was asked to stop.
         """
         start = time.monotonic()
         while True:
             try:
                 return read()
             except OSError as error:
+                stopped = stopping.ASKED.is_set()
                 waited = time.monotonic() - start
                 reason = f"{error.strerror or error}"
                 if error.filename:
                     reason = f"{error.filename}: {reason}"
-                if waited >= self._seconds:
+                if stopped or waited >= self._seconds:
                     raise DataError(
                         f"cannot read the data, tried for {waited:.0f} s "
                         f"(data.retry_seconds={self._seconds:g}): {reason}"
                     ) from error
                 self._say(reason, self._seconds - waited)
-            time.sleep(min(PAUSE, self._seconds))
+            stopping.ASKED.wait(min(PAUSE, self._seconds))
 
     def _say(self, reason: str, left: float) -> None:
         with self._lock:

@@ -20,6 +20,7 @@ from latent_diffusion_jax.data.folders import FolderSource
 from latent_diffusion_jax.data.patience import RecordError
 from latent_diffusion_jax.runtime import distributed
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.texts import check_text
 
 BUNDLED: dict[str, type[tfds.core.GeneratorBasedBuilder]] = {  # prepared on first use
     "handwritten_digits": digits.HandwrittenDigits,
@@ -214,13 +215,18 @@ class TfdsSource:
         record = self._record(index)
         return {
             "image": record[self._image_key],
-            "captions": self._captions_of(record),
+            "captions": self._captions_of(record, index),
             "label": int(record[self._label_key]) if self._label_key else None,
             "name": f"{self._name}[{index}]",
         }
 
     def captions(self, index: int) -> list[str]:
-        return self._captions_of(self._record(index)) if self._caption_key else [""]
+        if not self._caption_key:
+            return [""]
+        try:
+            return self._captions_of(self._record(index), index)
+        except RecordError as error:
+            raise UserError(f"cannot read {error.name}: {error}") from error
 
     def _record(self, index: int) -> dict[str, Any]:
         try:
@@ -231,7 +237,7 @@ class TfdsSource:
                 raise RecordError(f"{self._name}[{index}]", reason) from error
             raise FileNotFoundError(errno.ENOENT, reason, str(self._folder)) from error
 
-    def _captions_of(self, record: dict[str, Any]) -> list[str]:
+    def _captions_of(self, record: dict[str, Any], index: int) -> list[str]:
         if not self._caption_key:
             return [""]
         value: Any = record
@@ -242,4 +248,9 @@ class TfdsSource:
             texts = [self._caption_feature.int2str(int(v)) for v in values]
         else:
             texts = [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in values]
+        try:
+            for text in texts:
+                check_text(str(text), "its caption")
+        except UserError as error:
+            raise RecordError(f"{self._name}[{index}]", str(error)) from error
         return [self._template.format(text) for text in texts] or [""]

@@ -10,6 +10,7 @@ import numpy as np
 
 COSINE_SHIFT = 0.008  # Improved DDPM, section 3.2
 MAX_BETA = 0.999
+MAX_TIMESTEPS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,14 @@ class NoiseSchedule:
     """
 
     alphas_cumprod: np.ndarray
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where they are not that."""
+        alphas = np.asarray(self.alphas_cumprod)
+        if alphas.ndim != 1 or not 1 <= len(alphas) <= MAX_TIMESTEPS:
+            raise ValueError(f"a noise schedule has 1 to {MAX_TIMESTEPS} timesteps")
+        if not (np.all(np.diff(np.append(1.0, alphas)) < 0) and alphas[-1] >= 0):
+            raise ValueError("the betas of a noise schedule must be above 0 and at most 1")
 
     @property
     def num_timesteps(self) -> int:
@@ -87,10 +96,13 @@ def make_schedule(
       zero_terminal_snr: rescale so that nothing of z_0 is left at T-1.
 
     Raises:
-      ValueError: the name is not one of `BETAS`, or the betas are not in (0, 1).
+      ValueError: the name is not one of `BETAS`, the betas are not in (0, 1), or there are too many
+        timesteps or none.
     """
     if name not in BETAS:
         raise ValueError(f"unknown noise schedule {name!r}; known: {', '.join(BETAS)}")
+    if not 1 <= num_timesteps <= MAX_TIMESTEPS:
+        raise ValueError(f"num_timesteps={num_timesteps} must be 1 to {MAX_TIMESTEPS}")
     betas = BETAS[name](num_timesteps, beta_start, beta_end)
     if not (betas > 0).all() or not (betas < 1).all():
         raise ValueError(f"betas must lie in (0, 1); beta_start={beta_start}, beta_end={beta_end}")

@@ -18,6 +18,7 @@ from latent_diffusion_jax.models.autoencoder import ENCODER, param_shapes
 from latent_diffusion_jax.models.clip_text import PUBLISHED
 from latent_diffusion_jax.models.lpips import LPIPS
 from latent_diffusion_jax.runtime import sharding, trees
+from latent_diffusion_jax.runtime.compilation import offload_options
 from latent_diffusion_jax.runtime.flops import traced_flops
 from latent_diffusion_jax.sampling import Request, make_draw
 from latent_diffusion_jax.training.state import Stage, jit_train_step
@@ -103,7 +104,10 @@ def make(
         "frozen": frozen_bytes,
         "batches": 2 * bytes_of_device(batch),  # this step's and the next one's
     }
-    step = jit_train_step(stage, shardings, mesh)
+    network = config.first_stage.autoencoder if name == "first_stage" else config.unet
+    platform = mesh.devices.flat[0].platform
+    options = offload_options(platform) if network.remat == "offload" else None
+    step = jit_train_step(stage, shardings, mesh, options)
     return Program(name, step, (state, batch, key), mesh, batch_size, 1, resident)
 
 

@@ -9,7 +9,7 @@ from latent_diffusion_jax.planning.compiled import Compiled
 from latent_diffusion_jax.planning.links import Slices
 
 MOST = 1024  # images of a chip that are tried
-STRONGER = ("blocks", "full")  # policies to try, the cheapest first; see `remat` on "offload"
+STRONGER = ("blocks", "full", "offload")  # policies to try, the cheapest first
 
 # Chips with the same images, those along the axis `tensor`, count as one here.
 # (config, images of a chip) -> the compiled program; nobody asks for its cost

@@ -9,6 +9,7 @@ which are compared when they are read.
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -60,7 +61,7 @@ class Kept(checkpoint_managers.PreservationPolicy):
         steps = [checkpoint.step for checkpoint in checkpoints]
         stay = set(steps[-self.last :])
         stay |= {step for step in steps if self.every and step % self.every == 0}
-        scored = [step for step in steps if step in self.scores]
+        scored = [step for step in steps if math.isfinite(self.scores.get(step, math.nan))]
         if self.best and scored:
             stay.add(min(scored, key=lambda step: self.scores[step]))
         return [step in stay for step in steps]

@@ -30,7 +30,7 @@ from typing import Any
 import ml_collections
 from absl import app, flags
 
-from latent_diffusion_jax.runtime import clusters, distributed
+from latent_diffusion_jax.runtime import clusters, distributed, stopping
 from latent_diffusion_jax.runtime.compilation import use_persistent_cache
 from latent_diffusion_jax.runtime.errors import StorageError, UserError
 from latent_diffusion_jax.runtime.texts import printable
@@ -205,6 +205,7 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        stopping.ASKED.clear()
         if self._end is not None:
             self._end.cancel()
         self._put_back()
@@ -218,14 +219,19 @@ class StopRequest:
 
     def _on_signal(self, number: int, _: object) -> None:
         self.exit_status = 128 + number
-        if distributed.process_index() == 0:
-            name = signal.Signals(number).name
-            print(f"\n{name}: finishing this step, then saving; once more to quit", file=sys.stderr)
+        stopping.ASKED.set()
         self._put_back()
         if self._grace_seconds:
             self._end = threading.Timer(self._grace_seconds, self._give_up)
             self._end.daemon = True
             self._end.start()
+        if distributed.process_index() == 0:
+            name = signal.Signals(number).name
+            text = f"\n{name}: finishing this step, then saving; once more to quit"
+            # Whoever reads it may have got the signal too and be gone (`2>&1 | tee log`); and the
+            # signal may have come in the middle of another line.
+            with contextlib.suppress(OSError, ValueError, RuntimeError):
+                print(text, file=sys.stderr)
 
     def _give_up(self) -> None:
         message = (

@@ -40,6 +40,15 @@ def compiler_options(in_half: bool = False) -> dict[str, str]:
     return {name: value for name, value in options.items() if _known({name: value})}
 
 
+def offload_options(platform: str) -> dict[str, int]:
+    """Further options of a program that lets activations wait in the host's memory; {} but on TPUs.
+
+    There the compiler takes them away late and fetches them back early as long as it believes that
+    there is memory, and then may run out of it. Told that there is none, it does so just in time.
+    """
+    return {"xla_tpu_scheduler_percent_shared_memory_limit": 1} if platform == "tpu" else {}
+
+
 def _known(options: dict[str, str]) -> bool:
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()

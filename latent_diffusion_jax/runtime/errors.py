@@ -30,6 +30,6 @@ def as_user_error(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{what}: {reason}") from error

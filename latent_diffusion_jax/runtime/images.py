@@ -3,15 +3,19 @@
 import io
 import math
 import pathlib
+import stat
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.errors import StorageError, UserError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names for what image files give, by channels
 MAX_ASPECT = 64  # of the long side to the short one: scaled by that, it would fill the memory
+MAX_FILE = 2**30  # bytes
+# Others of Pillow's run programs of other vendors, or are not for pictures like these.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF")
 NPY_MAGIC = b"\x93NUMPY"  # first bytes of a .npy file
 
 
@@ -60,6 +64,23 @@ def decode(data: bytes | np.ndarray, channels: int = 3) -> Image.Image | np.ndar
     return image.convert(MODES[channels])
 
 
+def read_bytes(path: pathlib.Path) -> bytes:
+    """What a file holds.
+
+    Raises:
+      OSError: it is not there, or cannot be read.
+      ValueError: it is a pipe, a device, or larger than any picture.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no ordinary file")
+    if found.st_size > MAX_FILE:
+        raise ValueError(
+            f"its {found.st_size >> 20} MiB are more than the {MAX_FILE >> 20} allowed"
+        )
+    return path.read_bytes()
+
+
 def read(path: str | pathlib.Path, channels: int = 3) -> Image.Image | np.ndarray:
     """An image file, see `decode`.
 
@@ -67,11 +88,9 @@ def read(path: str | pathlib.Path, channels: int = 3) -> Image.Image | np.ndarra
       UserError: it cannot be read, or is no whole image.
     """
     try:
-        data = pathlib.Path(path).expanduser().read_bytes()
+        return decode(read_bytes(pathlib.Path(path).expanduser()), channels)
     except OSError as error:
         raise UserError(f"cannot read image {path}: {error.strerror or error}") from error
-    try:
-        return decode(data, channels)
     except (ValueError, ChannelsError) as error:
         raise UserError(f"cannot read image {path}: {error}") from error
 
@@ -79,7 +98,7 @@ def read(path: str | pathlib.Path, channels: int = 3) -> Image.Image | np.ndarra
 def _open(data: bytes) -> Image.Image:
     """Encoded bytes -> upright image in the file's own mode."""
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise ValueError(f"{image.width}x{image.height} pixels are too many")
         _check_aspect(image.width, image.height)
@@ -87,7 +106,9 @@ def _open(data: bytes) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
         raise ValueError("no image in a format that is known") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of any kind, by the format
         raise ValueError(str(error) or type(error).__name__) from error
 
 
@@ -224,7 +245,14 @@ def shown(images: np.ndarray) -> np.ndarray:
 
 
 def save_png(path: str | pathlib.Path, image: np.ndarray) -> None:
-    """Writes uint8 [H, W, C] as a PNG, making its folder where needed; see `shown`."""
+    """Writes uint8 [H, W, C] as a PNG, making its folder where needed; see `shown`.
+
+    Raises:
+      StorageError: it cannot be written.
+    """
     path, image = pathlib.Path(path), shown(image)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path, format="PNG")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path, format="PNG")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error

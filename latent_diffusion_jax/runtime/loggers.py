@@ -16,6 +16,9 @@ from absl import logging
 
 from latent_diffusion_jax.runtime import distributed
 from latent_diffusion_jax.runtime.errors import StorageError
+from latent_diffusion_jax.runtime.texts import escaped
+
+PACKAGE = str(pathlib.Path(__file__).parent.parent)
 
 
 class _Formatter(python_logging.Formatter):
@@ -26,7 +29,11 @@ class _Formatter(python_logging.Formatter):
         level = "" if record.levelno <= python_logging.INFO else f"{record.levelname.lower()}: "
         process = distributed.process_index()
         who = f"process {process}: " if process else ""
-        return f"{clock} {level}{who}{record.getMessage()}"
+        lines = [record.getMessage()]
+        if not record.pathname.startswith(PACKAGE):  # ours say one thing in one line
+            lines = lines[0].splitlines()
+        # Names of files, and what files say, may hold what terminals take for commands.
+        return f"{clock} {level}{who}" + "\n".join(map(escaped, lines))
 
 
 class _CurrentStderr:
@@ -48,12 +55,11 @@ def set_up_logging() -> None:
     Of several processes the first one speaks; of the others errors are shown. What Orbax has to say
     of saves that fail is shown with --verbose alone: it raises it too.
     """
-    package = str(pathlib.Path(__file__).parent.parent)
     orbax = str(pathlib.Path(orbax_checkpoint.__file__).parent)
     verbose = "--verbose" in sys.argv[1:]
 
     def is_shown(record: python_logging.LogRecord) -> bool:
-        if record.pathname.startswith(package):
+        if record.pathname.startswith(PACKAGE):
             return True
         return record.levelno > python_logging.INFO and (
             verbose or not record.pathname.startswith(orbax)
@@ -138,13 +144,13 @@ def _drop_rows(path: pathlib.Path, stage: str, start_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text("utf-8").split("\n"):
+    for line in path.read_text("utf-8", "replace").split("\n"):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:  # cut off by a kill
+            if row["stage"] != stage or row["step"] <= start_step:
+                kept.append(line + "\n")
+        except (ValueError, TypeError, KeyError):  # cut off by a kill, or damaged
             continue
-        if isinstance(row, dict) and (row["stage"] != stage or row["step"] <= start_step):
-            kept.append(line + "\n")
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(path)

@@ -4,8 +4,8 @@ import re
 
 from latent_diffusion_jax.runtime.errors import UserError
 
-# All control characters but tab and the ends of lines.
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
+# All control characters but tab and the ends of lines, and what JSON can have of UTF-16's pairs.
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
 
 def check_text(text: str, what: str) -> None:
@@ -24,5 +24,9 @@ def check_text(text: str, what: str) -> None:
 
 def printable(text: str) -> str:
     """A text in one line, in which what cannot be printed is shown as its number."""
-    line = " ".join(text.split())
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
+    return escaped(" ".join(text.split()))
+
+
+def escaped(text: str) -> str:
+    """A text in which what cannot be printed, ends of lines too, is shown as its number."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -79,11 +80,13 @@ class Keeper:
         return int(self._manager.latest_step() or 0)
 
     def evaluated(self, step: int, figures: Mapping[str, float]) -> None:
-        """Notes what a checkpoint's weights are worth."""
+        """Notes what a checkpoint's weights are worth; one that is not finite is never the best."""
         if not self._keeping.best:
             return
         sign = -1.0 if self._keeping.best.startswith("-") else 1.0
         scores = self._kept.scores
+        if not math.isfinite(figures[self._keeping.figure]):
+            return
         scores[step] = sign * figures[self._keeping.figure]
         if scores[step] == min(scores.values()):
             logging.info("step %d has the best %s so far", step, self._keeping.figure)

@@ -22,7 +22,7 @@ from latent_diffusion_jax.runtime import (
     saved_programs,
     sharding,
 )
-from latent_diffusion_jax.runtime.compilation import compiler_options
+from latent_diffusion_jax.runtime.compilation import compiler_options, offload_options
 from latent_diffusion_jax.runtime.errors import DataError
 from latent_diffusion_jax.runtime.flops import traced_flops
 from latent_diffusion_jax.training.alarms import Alarms
@@ -89,6 +89,7 @@ def train_stage(
     at_start: Callable[[State], State] = lambda state: state,
     at_end: Callable[[State], dict[str, Any]] = lambda state: {},
     keep_best: str = "",
+    offloads: bool = False,
 ) -> bool:
     """Trains one stage to its end, from its last checkpoint where there is one.
 
@@ -105,6 +106,7 @@ def train_stage(
         asked where there is a checkpoint.
       at_end: (final state) -> what to keep in the last checkpoint's `info`.
       keep_best: see `Keeping.best`.
+      offloads: whether its train step lets activations wait in the host's memory.
 
     Returns:
       Whether it reached its end; False where `run.should_stop` ended it, with everything saved.
@@ -149,7 +151,8 @@ def train_stage(
 
         everywhere, options = sharding.replicated(mesh), compiler_options()
         state_shardings = jax.tree.map(lambda x: x.sharding, state)
-        train_step = jit_train_step(stage, state_shardings, mesh, options)
+        further = offload_options(jax.default_backend()) if offloads else {}
+        train_step = jit_train_step(stage, state_shardings, mesh, options | further)
         eval_step, preview = (
             jax.jit(function, out_shardings=everywhere, compiler_options=options)
             for function in (stage.eval_step, stage.preview)
@@ -175,7 +178,7 @@ def train_stage(
                     totals[metric] = totals.get(metric, 0.0) + total
                 count += valid
             figures = {metric: total / count for metric, total in totals.items()}
-            writer.scalars(step, figures, "test")
+            writer.scalars(step, finite(figures), "test")
             keeper.evaluated(step, figures)
             shown = ", ".join(f"{metric} {value:.4g}" for metric, value in figures.items())
             logging.info("%s: step %d, held out: %s", name, step, shown)

@@ -55,7 +55,7 @@ class Stage(NamedTuple):
 
 
 def jit_train_step(
-    stage: Stage, state_shardings: Any, mesh: Mesh, options: dict[str, str] | None = None
+    stage: Stage, state_shardings: Any, mesh: Mesh, options: dict[str, Any] | None = None
 ) -> Any:
     """A stage's train step over a mesh; the state that it is given is gone afterwards.
 

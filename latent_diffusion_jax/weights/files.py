@@ -92,7 +92,8 @@ def release(tensor: np.ndarray) -> None:
         base.madvise(mmap.MADV_DONTNEED)
 
 
-def _read_safetensors(path: pathlib.Path, skip: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _header(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str], int]:
+    """What a safetensors file's header says of tensors, its free texts, and its size in bytes."""
     unknown = "it is neither a safetensors file nor one that torch.save wrote"
     with path.open("rb") as file:
         head = file.read(9)
@@ -104,10 +105,25 @@ def _read_safetensors(path: pathlib.Path, skip: tuple[str, ...]) -> dict[str, np
             raise FormatError(f"it is cut short: its header of {size} bytes is not all there")
         file.seek(8)
         try:
-            header = json.loads(file.read(size))
+            header = json.loads(file.read(size), object_pairs_hook=_without_repeats)
         except (ValueError, RecursionError) as error:
-            raise FormatError(unknown) from error
-    header.pop("__metadata__", None)
+            raise error if isinstance(error, FormatError) else FormatError(unknown) from error
+    texts = header.pop("__metadata__", {})
+    if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+        raise FormatError("it is damaged: its __metadata__ is not of texts")
+    return header, texts, size
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise FormatError("it is damaged: its header has a name twice")
+    return found
+
+
+def _read_safetensors(path: pathlib.Path, skip: tuple[str, ...]) -> dict[str, np.ndarray]:
+    header, _, size = _header(path)
+    total = path.stat().st_size
     expected = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if expected != total:
         reason = "it is cut short" if total < expected else "it is damaged"
@@ -142,14 +158,19 @@ def _check_places(header: Mapping[str, Any]) -> None:
 def read_metadata(path: str | pathlib.Path) -> dict[str, str]:
     """The free texts in a safetensors file's header, by key; none in files of Torch.
 
-    The file has been read by `read` before, which says what is wrong with it.
+    Raises:
+      UserError: there is no such file, or its header is damaged.
     """
     path = pathlib.Path(path).expanduser()
-    with path.open("rb") as file:
-        if torch_files.is_torch(file.read(16)):
-            return {}
-    with safetensors.safe_open(str(path), "numpy") as found:
-        return found.metadata() or {}
+    try:
+        with path.open("rb") as file:
+            if torch_files.is_torch(file.read(16)):
+                return {}
+        return _header(path)[1]
+    except OSError as error:
+        raise UserError(f"cannot read weights {path}: {error.strerror or error}") from error
+    except FormatError as error:
+        raise UserError(f"cannot read weights {path}: {error}") from error
 
 
 def write(

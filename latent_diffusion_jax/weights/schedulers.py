@@ -85,6 +85,11 @@ def read_config(config: Mapping[str, Any], where: str) -> Loaded:
     Raises:
       UserError: a value is of another kind, or asks for what is not here.
     """
+    with as_user_error(where):
+        return _read_config(config, where)
+
+
+def _read_config(config: Mapping[str, Any], where: str) -> Loaded:
     name = str(config.get("_class_name"))
     if name not in CLASSES:
         logging.warning("%s: there is no sampler for %s here, ddim takes its place", where, name)
@@ -97,24 +102,23 @@ def read_config(config: Mapping[str, Any], where: str) -> Loaded:
     start, end, shape = BETA_DEFAULTS.get(name, USUAL_BETAS)
     prediction = _known(config, "prediction_type", "epsilon", PREDICTION_TYPES, where)
     betas = config.get("trained_betas")
-    with as_user_error(where):
-        if betas is not None:
-            schedule = NoiseSchedule(np.cumprod(1.0 - np.asarray(betas, np.float64)))
-        else:
-            schedule = make_schedule(
-                _known(config, "beta_schedule", shape, BETA_SCHEDULES, where),
-                int(config.get("num_train_timesteps", 1000)),
-                float(config.get("beta_start", start)),
-                float(config.get("beta_end", end)),
-            )
-        if config.get("rescale_betas_zero_snr"):
-            schedule = rescaled_to_zero_terminal_snr(schedule)
-        settings: dict[str, Any] = {
-            "sampler": sampler,
-            "spacing": config.get("timestep_spacing", ""),
-            "offset": int(config.get("steps_offset", 0)),
-            "sigmas": "karras" if config.get("use_karras_sigmas") else "schedule",
-        }
+    if betas is not None:
+        schedule = NoiseSchedule(np.cumprod(1.0 - np.asarray(betas, np.float64), axis=0))
+    else:
+        schedule = make_schedule(
+            _known(config, "beta_schedule", shape, BETA_SCHEDULES, where),
+            int(config.get("num_train_timesteps", 1000)),
+            float(config.get("beta_start", start)),
+            float(config.get("beta_end", end)),
+        )
+    if config.get("rescale_betas_zero_snr"):
+        schedule = rescaled_to_zero_terminal_snr(schedule)
+    settings: dict[str, Any] = {
+        "sampler": sampler,
+        "spacing": config.get("timestep_spacing", ""),
+        "offset": int(config.get("steps_offset", 0)),
+        "sigmas": "karras" if config.get("use_karras_sigmas") else "schedule",
+    }
     for key, value in SOLVERS.items():
         if key in config and config[key] not in value:
             logging.warning(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from latent_diffusion_jax.diffusion.schedules import NoiseSchedule, make_schedule
-from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.errors import UserError, as_user_error
 from latent_diffusion_jax.weights import files
 
 UNET = "model.diffusion_model."
@@ -42,7 +42,8 @@ def noise_schedule(tensors: Mapping[str, np.ndarray]) -> NoiseSchedule:
     """The schedule that the file holds, or Stable Diffusion's."""
     stored = tensors.get("betas")
     if stored is not None and stored.ndim == 1:
-        return NoiseSchedule(np.cumprod(1.0 - np.asarray(stored, np.float64)))
+        with as_user_error("betas in the file"):
+            return NoiseSchedule(np.cumprod(1.0 - np.asarray(stored, np.float64)))
     return make_schedule("scaled_linear", 1000, 0.00085, 0.012)
 
 

@@ -26,7 +26,9 @@ import numpy as np
 ZIP_MAGIC = b"PK\x03\x04"
 ZIP_HEADER = 30  # bytes before each member's name, whose length is in the last four
 CHUNK = 1 << 20  # bytes of an archive that are checked at once
-MAX_PICKLE = 256 << 20  # bytes; that of Stable Diffusion with its optimizer has less than one MiB
+MAX_PICKLE = 64 << 20  # bytes; that of Stable Diffusion with its optimizer has less than one MiB
+MAX_OPERATIONS = 1_000_000  # of a pickle, each of which may make an object; that one has 100,000
+MAX_DIMS = 64  # NumPy's
 MAX_GROWTH = 8  # times the file's bytes that its tensors may take
 MIN_GROWTH = 64 << 20  # bytes that they may take in any case
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -124,7 +126,7 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
     """What `torch._utils._rebuild_tensor_v2` is called with, kept for later."""
     if not isinstance(storage, _Storage):
         return _Inert()
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+    return _Tensor(storage, offset, _dims(shape), _dims(strides))
 
 
 def _rebuild_typed_tensor(
@@ -135,7 +137,13 @@ def _rebuild_typed_tensor(
         return _Inert()
     size = storage.size // dtype.numpy().itemsize
     storage = dataclasses.replace(storage, dtype=dtype.numpy(), size=size)
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+    return _Tensor(storage, offset, _dims(shape), _dims(strides))
+
+
+def _dims(values: Any) -> tuple[Any, ...]:
+    """A shape or strides; of others `_view` says whose they are."""
+    valid = isinstance(values, tuple | list) and len(values) <= MAX_DIMS
+    return tuple(values) if valid and all(isinstance(n, int) for n in values) else (-1,)
 
 
 def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
@@ -159,10 +167,11 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file, encoding="latin1")  # type: ignore[arg-type]
         self.dtypes: dict[str, np.dtype] = {}  # of the storages, by key
         self._inert: dict[tuple[str, str], type] = {}
+        self._copied = 0  # items that ordered dicts were made of
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
+            return functools.partial(self._ordered)
         if module == "torch._utils" and name in REBUILD:
             return functools.partial(REBUILD[name])  # a new one each time, as for `_Inert`
         if module in ("torch", "torch.storage") and name in STORAGES:
@@ -171,11 +180,22 @@ class _Unpickler(pickle.Unpickler):
             return _DType(name)
         return self._inert.setdefault((module, name), type("Inert", (_Inert,), {}))
 
+    def _ordered(self, items: Any = ()) -> Any:
+        """An ordered dict; Python 2 gives its items along, others set them later."""
+        if not all(isinstance(key, str) for key, _ in items):
+            raise FormatError("it is damaged: a dict is made of what has no names")
+        self._copied += len(items)
+        if self._copied > MAX_OPERATIONS:
+            raise FormatError(f"its pickle makes dicts of more than {MAX_OPERATIONS} items")
+        return collections.OrderedDict(items)
+
     def persistent_load(self, pid: Any) -> Any:
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"):
             return _Inert()
         if not isinstance(pid[1], _DType):
             return _Inert()
+        if type(pid[2]) not in (str, int):
+            raise FormatError("it is damaged: a storage has no valid name")
         dtype, key, size = pid[1].numpy(), str(pid[2]), int(pid[4])
         self.dtypes[key] = dtype
         if len(pid) > 5 and pid[5] is not None:  # a part of another storage, in old files
@@ -188,9 +208,10 @@ def _load(file: BinaryIO) -> tuple[Any, dict[str, np.dtype]]:
     """What the next pickle of a file holds, and the dtypes of its storages.
 
     Raises:
-      FormatError: it would take far more memory than its length.
+      FormatError: it would take far more memory or time than its length.
     """
     start = file.tell()
+    tuples = _Tuples()
     for count, (code, argument, place) in enumerate(pickletools.genops(file)):
         # Objects are numbered as they come; the unpickler makes room for all numbers up to one.
         numbers = code.name in ("PUT", "BINPUT", "LONG_BINPUT")
@@ -198,9 +219,50 @@ def _load(file: BinaryIO) -> tuple[Any, dict[str, np.dtype]]:
             raise FormatError("it is damaged: its pickle numbers objects that are not there")
         if place is not None and place - start > MAX_PICKLE:
             raise FormatError(f"its pickle has more than {MAX_PICKLE >> 20} MiB")
+        if count > MAX_OPERATIONS:
+            raise FormatError(f"its pickle has more than {MAX_OPERATIONS} operations")
+        tuples.follow(code, argument)
     file.seek(start)
     unpickler = _Unpickler(file)
     return unpickler.load(), unpickler.dtypes
+
+
+class _Tuples:
+    """Follows a pickle's stack for how large tuples are with all that is in them.
+
+    A tuple that holds another one twice, and so on, is small and takes for ever as a dict's key.
+    """
+
+    def __init__(self) -> None:
+        self._stack: list[int] = []  # sizes of tuples, and of what is made of them; else 1
+        self._marks: list[int] = []
+        self._numbered: dict[int, int] = {}
+        self._total = 0
+
+    def follow(self, code: pickletools.OpcodeInfo, argument: Any) -> None:
+        """Takes one operation; raises FormatError where tuples become too large."""
+        if code.name == "MARK":
+            self._marks.append(len(self._stack))
+            return
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            number = len(self._numbered) if code.name == "MEMOIZE" else argument
+            self._numbered[number] = self._stack[-1] if self._stack else 1
+            return
+        if code.name in ("GET", "BINGET", "LONG_BINGET"):
+            self._stack.append(self._numbered.get(argument, 1))
+            return
+        taken = len(code.stack_before)
+        if pickletools.markobject in code.stack_before and self._marks:
+            below = code.stack_before.index(pickletools.markobject)
+            taken = len(self._stack) - self._marks.pop() + below
+        taken = min(taken, len(self._stack))
+        parts = self._stack[len(self._stack) - taken :]
+        del self._stack[len(self._stack) - taken :]
+        self._total += sum(parts)
+        if self._total > 20 * MAX_OPERATIONS:
+            raise FormatError("it is damaged: its pickle has tuples without end in each other")
+        keeps = code.name.startswith("TUPLE") or code.name in ("REDUCE", "BINPERSID", "DUP")
+        self._stack += [1 + sum(parts) if keeps else 1] * len(code.stack_after)
 
 
 def is_torch(head: bytes) -> bool:
@@ -246,21 +308,30 @@ def _read_zip(
     if len(names) != 1:
         raise FormatError("it is a zip archive, but not one that torch.save wrote")
     root = names[0].removesuffix("data.pkl")
-    if root + "byteorder" in archive.namelist() and archive.read(root + "byteorder") != b"little":
-        raise FormatError("its numbers are big-endian")
+    if root + "byteorder" in archive.namelist():
+        with archive.open(root + "byteorder") as member:
+            if member.read(len(b"little") + 1) != b"little":
+                raise FormatError("its numbers are big-endian")
     if archive.getinfo(names[0]).file_size > MAX_PICKLE:
         raise FormatError(f"its pickle has more than {MAX_PICKLE >> 20} MiB")
     loaded, _ = _load(io.BytesIO(archive.read(names[0])))
-    return _arrays(
-        _tensors(loaded, skip), data, lambda k: _member(archive, data, f"{root}data/{k}")
-    )
+    unpacked = 0
+
+    def load(key: str) -> np.ndarray:
+        nonlocal unpacked
+        info = archive.getinfo(f"{root}data/{key}")
+        if info.compress_type != zipfile.ZIP_STORED:
+            unpacked += info.file_size
+            _check_growth(f"its compressed parts up to {info.filename}", unpacked, data)
+        return _member(archive, data, info)
+
+    return _arrays(_tensors(loaded, skip), data, load)
 
 
-def _member(archive: zipfile.ZipFile, data: np.ndarray, name: str) -> np.ndarray:
+def _member(archive: zipfile.ZipFile, data: np.ndarray, info: zipfile.ZipInfo) -> np.ndarray:
     """The bytes of an archive's member, mapped unless they are compressed; they are checked."""
-    info = archive.getinfo(name)
+    name = info.filename
     if info.compress_type != zipfile.ZIP_STORED:
-        _check_growth(f"its part {name}", info.file_size, data)
         return np.frombuffer(archive.read(name), np.uint8)
     with archive.open(name) as member:
         while member.read(CHUNK):  # which ends with an error where the sum is wrong

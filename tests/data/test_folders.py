@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -344,3 +345,20 @@ def test_captions_with_control_characters_are_refused(make_folder):
     folder = make_folder({"b/b.png": None, "b/b.txt": "a \x00 duck"}) / "b"
     with raises_user_error(f"caption file {folder / 'b.txt'} has the control character"):
         open_source(str(folder), "train")
+
+
+def test_what_is_no_picture_is_a_damaged_record(make_folder, png):
+    folder = make_folder({"a.png": png(1), "b.png": png(2), "c.png": png(3)})
+    source = open_source(str(folder), "train", caption_key="")
+    path = pathlib.Path(source[0]["name"])
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(RecordError, match="it is no ordinary file") as raised:
+        source[0]
+    assert raised.value.name == str(path)
+
+
+def test_names_of_classes_with_control_characters_are_refused(make_folder, png):
+    folder = make_folder({"cat/a.png": png(1), "d\x1bog/b.png": png(2)})
+    with raises_user_error("the name of the class folder", "has the control character"):
+        open_source(str(folder), "train", caption_key="")

@@ -9,7 +9,7 @@ import pytest
 
 from latent_diffusion_jax.data import latents
 from latent_diffusion_jax.data.pipeline import image_example
-from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.errors import StorageError, UserError
 
 SHAPE = (2, 2, 4, 4, 6)  # crops, flips, h, w, c
 
@@ -187,3 +187,21 @@ def test_every_crop_is_taken():
     found = [latents.latent_example({"moments": views}, rng, False) for _ in range(50)]
     assert {*map(int, found)} == {0, 2, 4}
     assert latents.latent_example({"moments": views}, None, True) == 0
+
+
+def test_a_disk_that_takes_no_more_is_named_and_leaves_nothing(tmp_path, small_files):
+    path = tmp_path / "train-00000-of-00001.array_record"
+    small_files(1000)
+    writer = latents.ShardWriter(path)
+
+    def write():
+        for i in range(100):
+            writer.write(record(i))
+        writer.close(whole=True)
+
+    with pytest.raises(StorageError, match=f"cannot write latents {path}: "):
+        write()
+    writer.close(whole=False)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(StorageError, match=r"cannot write latents .*none"):
+        latents.ShardWriter(tmp_path / "none" / "a.array_record").close(whole=True)

@@ -12,6 +12,7 @@ from PIL import Image
 from latent_diffusion_jax.data import patience, pipeline
 from latent_diffusion_jax.data.patience import Patience, RecordError
 from latent_diffusion_jax.data.sources import open_source
+from latent_diffusion_jax.runtime import stopping
 from latent_diffusion_jax.runtime.errors import DataError, UserError
 
 
@@ -91,3 +92,19 @@ def test_other_errors_are_not_waited_for():
 
 def test_it_can_be_pickled():
     assert pickle.loads(pickle.dumps(Patience(3.0))).read(lambda: 7) == 7
+
+
+def test_who_is_asked_to_stop_does_not_wait(folder, monkeypatch):
+    monkeypatch.setattr(patience, "PAUSE", 600.0)
+    source = open_folder(folder, 600.0)
+    shutil.rmtree(folder)
+    timer = threading.Timer(0.3, stopping.ASKED.set)
+    timer.start()
+    start = time.monotonic()
+    try:
+        with pytest.raises(DataError, match=r"cannot read the data, tried for 0 s"):
+            source[3]
+    finally:
+        timer.join()
+        stopping.ASKED.clear()
+    assert 0.3 <= time.monotonic() - start < 60

@@ -10,6 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from latent_diffusion_jax.data.patience import RecordError
 from latent_diffusion_jax.data.sources import open_source
 from latent_diffusion_jax.runtime import images
 from latent_diffusion_jax.runtime.errors import UserError
@@ -304,3 +305,28 @@ def test_an_ambiguous_dataset_is_refused(nested_dir, tmp_path):
 def test_a_template_without_a_place_for_the_caption_is_refused(nested_dir, template):
     with pytest.raises(UserError, match="caption_template"):
         open_source("tiny_nested", "train", data_dir=nested_dir, caption_template=template)
+
+
+class TinyRude(TinyNested):
+    """Its second caption would move a terminal's cursor."""
+
+    def _generate_examples(self):
+        for i, text in enumerate(("a", "b\x1b[2J", "c")):
+            image = Image.new("RGB", (4, 4), (i, i, i))
+            yield i, {"image": image, "captions": [{"id": i, "text": text}]}
+
+
+def test_captions_with_control_characters_are_damaged_records(tmp_path):
+    TinyRude(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    key = {"data_dir": str(tmp_path), "caption_key": "captions/text"}
+    source = open_source("tiny_rude", "train", **key)
+    failed = []
+    for i in range(3):
+        try:
+            source[i]
+        except RecordError as error:
+            failed.append(error.name)
+            assert "its caption has the control character '\\x1b' at place 2" in str(error)
+            with pytest.raises(UserError, match=r"cannot read tiny_rude.*\[\d\]: its caption has"):
+                source.captions(i)
+    assert len(failed) == 1

@@ -6,11 +6,11 @@ does it with 1,000 of them; without `-m slow` it is some of each kind. What a fo
 cannot be told from the right thing: other numbers in a safetensors file, other colours in an image.
 """
 
+import faulthandler
 import io
 import json
 import pathlib
 import random
-import resource
 import time
 
 import jax
@@ -60,15 +60,24 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
     return bytes(data)
 
 
+def peak_memory() -> float:
+    """MiB, the most that this process has had."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    (peak,) = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return int(peak) / 1024
+
+
 def drill(count, attempt):
     """Calls attempt(rng), which gives whether the input was refused, for inputs of these seeds."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused = 0
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before, refused = peak_memory(), 0
     for seed in range(count):
         start = time.monotonic()
+        faulthandler.dump_traceback_later(10 * SECONDS, exit=True)  # of what hangs for good
         refused += attempt(random.Random(seed))
+        faulthandler.cancel_dump_traceback_later()
         assert time.monotonic() - start < SECONDS, f"seed {seed} took too long"
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    grown = peak_memory() - before
     print(f"\n{refused} of {count} refused, {grown:.0f} MiB more")
     assert grown < GROWTH
     assert 0 < refused <= count

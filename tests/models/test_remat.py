@@ -1,7 +1,5 @@
 """Rematerialisation: no policy changes a number or a name; on TPUs each takes less memory."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,8 @@ from jax.sharding import SingleDeviceSharding
 from latent_diffusion_jax.models import remat
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL
 from latent_diffusion_jax.models.unet import UNet
+from latent_diffusion_jax.planning.compiled import NO_SEARCH
+from latent_diffusion_jax.runtime.compilation import offload_options
 from latent_diffusion_jax.runtime.trees import flatten_names
 from tests.torch_networks import draw_params
 
@@ -80,14 +80,12 @@ def test_unknown_policies_are_named(network):
         jax.eval_shape(network(remat="some").init, jax.random.key(0), *arguments)
 
 
-@functools.cache
 def gradient_memory(policy, tpu):
     """Temporary bytes of a UNet's gradient on a TPU, and of the host's memory."""
     network = UNet(
-        channels=32,
-        channel_multipliers=(1, 2),
-        num_res_blocks=0,
-        num_groups=8,
+        channels=128,
+        channel_multipliers=(1, 1, 1),
+        num_res_blocks=2,
         attention_levels=(),
         remat=policy,
         dtype=jnp.bfloat16,
@@ -103,24 +101,17 @@ def gradient_memory(policy, tpu):
     def loss(params, arguments):
         return jnp.mean(jnp.square(network.apply({"params": params}, *arguments)))
 
-    gradient = jax.jit(jax.grad(loss), out_shardings=place)
+    options = NO_SEARCH | (offload_options("tpu") if policy == "offload" else {})
+    gradient = jax.jit(jax.grad(loss), out_shardings=place, compiler_options=options)
     found = gradient.lower(given(params), given(arguments)).compile().memory_analysis()
     return found.temp_size_in_bytes, found.host_temp_size_in_bytes
 
 
-@pytest.mark.slow  # libtpu takes minutes for so many convolutions
+@pytest.mark.slow  # libtpu takes a minute for each
 def test_what_policies_take_of_a_tpus_memory(tpu_topology):
     (tpu,) = tpu_topology("v5e:1x1")
     bytes_of = {policy: gradient_memory(policy, tpu) for policy in remat.POLICIES}
     temporary = {policy: found[0] for policy, found in bytes_of.items()}
     assert temporary["none"] > temporary["dots"] > temporary["blocks"] >= temporary["full"]
-    assert temporary["offload"] < temporary["none"]
+    assert temporary["offload"] < 0.95 * temporary["blocks"]
     assert [policy for policy, found in bytes_of.items() if found[1]] == ["offload"]
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the compiler fetches what was offloaded back all at once")
-def test_offload_takes_less_of_a_tpus_memory_than_blocks(tpu_topology):
-    """What the policy is for."""
-    (tpu,) = tpu_topology("v5e:1x1")
-    assert gradient_memory("offload", tpu)[0] < gradient_memory("blocks", tpu)[0]

@@ -327,6 +327,13 @@ def test_which_checkpoints_stay():
     assert kept_of(steps, best=True, scores=scores) == [20, 35]
     assert kept_of(steps, last=2, every=10, best=True, scores={25: 0.1}) == steps
     assert kept_of(steps, best=True) == [35]  # nothing is known of any
+    scores = {
+        10: float("nan"),
+        20: float("-inf"),
+        25: 0.1,
+        30: 0.3,
+    }  # no numbers are never the best
+    assert kept_of(steps, best=True, scores=scores) == [25, 35]
 
 
 def test_what_stays_is_decided_at_each_save(tmp_path):

@@ -1,5 +1,6 @@
 """Commands: one clear line for what a user got wrong, and a way to stop."""
 
+import io
 import os
 import pathlib
 import re
@@ -11,7 +12,7 @@ import time
 import pytest
 from ml_collections import ConfigDict
 
-from latent_diffusion_jax.runtime import commands
+from latent_diffusion_jax.runtime import commands, stopping
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -206,6 +207,28 @@ def test_a_signal_asks_to_stop(handlers, capsys, number):
     assert handlers == []
     shown = capsys.readouterr().err
     assert number.name in shown and "once more" in shown
+
+
+class Gone(io.StringIO):
+    """A stream that nobody reads any more, or whose own writing the signal has interrupted."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), RuntimeError("reentrant call"), ValueError()])
+def test_a_signal_is_taken_though_nothing_can_be_said(handlers, monkeypatch, error):
+    monkeypatch.setattr(sys, "stderr", Gone(error))
+    with commands.StopRequest(grace_seconds=600.0) as should_stop:
+        send(signal.SIGINT)
+        assert should_stop() and stopping.ASKED.is_set()
+        send(signal.SIGINT)
+        assert handlers == [signal.SIGINT]
+    assert not stopping.ASKED.is_set()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,12 +1,15 @@
 """Host images: decoding to RGB, cropping, and the way to uint8, grids and PNG files."""
 
 import io
+import os
+import struct
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from latent_diffusion_jax.runtime import images
+from latent_diffusion_jax.runtime.errors import StorageError, UserError
 
 
 def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -121,6 +124,10 @@ JPEG = encode(Image.fromarray(noise(32, 32)), "JPEG")
         pytest.param(WHOLE[: len(WHOLE) // 2], id="half a PNG"),
         pytest.param(JPEG[: len(JPEG) // 2], id="half a JPEG"),
         pytest.param(WHOLE[:100] + b"\xff" * 50 + WHOLE[150:], id="overwritten"),
+        # Pillow would let another program draw the first, and raise errors of its own for the rest.
+        pytest.param(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", id="EPS"),
+        pytest.param(b"DDS " + struct.pack("<I", 124) + bytes(120), id="DDS"),
+        pytest.param(b"BLP2" + bytes(200), id="BLP"),
     ],
 )
 def test_damaged_images_are_value_errors(data):
@@ -137,6 +144,25 @@ def test_images_that_are_far_too_long(size):
         with pytest.raises(ValueError, match=r"one side is over 64 times the other"):
             images.decode(data)
     assert images.decode(np.zeros((640, 10, 3), np.uint8)).shape == (640, 10, 3)
+
+
+def test_what_is_no_ordinary_file_is_not_read(tmp_path, monkeypatch):
+    pipe, large = tmp_path / "pipe.png", tmp_path / "large.png"
+    os.mkfifo(pipe)  # of which reading would wait for ever
+    with large.open("wb") as file:
+        file.truncate(2**40)
+    for path, said in ((pipe, "it is no ordinary file"), (large, "1048576 MiB are more than")):
+        with pytest.raises(UserError, match=f"cannot read image {path}: .*{said}"):
+            images.read(path)
+        with pytest.raises(ValueError, match=said):
+            images.read_bytes(path)
+
+
+def test_a_picture_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "a.png"
+    with pytest.raises(StorageError, match=f"cannot write {path}: "):
+        images.save_png(path, np.zeros((4, 4, 3), np.uint8))
 
 
 def test_decompression_bomb(monkeypatch):

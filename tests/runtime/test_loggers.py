@@ -94,6 +94,16 @@ def test_restart_survives_a_last_line_that_was_cut_off(tmp_path, cut):
     assert steps(tmp_path, "diffusion") == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("damage", [b"\xff\xfe\n", b"[1]\n", b'{"step": 1}\n', b"7\n", b"{}{}\n",
+                                    b'{"stage": "diffusion", "step": "x"}\n'])  # fmt: skip
+def test_restart_survives_damaged_lines(tmp_path, damage):
+    write(tmp_path, "diffusion", 0, [1, 2, 3])
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(damage + path.read_bytes())
+    write(tmp_path, "diffusion", 2, [3, 4])
+    assert steps(tmp_path, "diffusion") == [1, 2, 3, 4]
+
+
 def test_restart_survives_another_stages_line_that_was_cut_off(tmp_path):
     write(tmp_path, "first_stage", 0, [1, 2])
     path = tmp_path / "metrics.jsonl"
@@ -280,3 +290,13 @@ def test_pictures_that_cannot_be_written_are_an_error_and_nothing_waits(tmp_path
             writer.image(step, "preview", noise)
             time.sleep(0.3)
     writer.close()
+
+
+def test_log_lines_have_no_commands_for_a_terminal(absl_handler):
+    loggers.set_up_logging()
+    name = "about %s: \x1b]0;x\x07.png\nerror: false \udc80"
+    ours = pathlib.Path(latent_diffusion_jax.__file__).parent / "train.py"
+    said = absl_handler.format(record(python_logging.WARNING, name, ours))
+    assert said.endswith(r"about x: \x1b]0;x\x07.png\x0aerror: false \xdc80")
+    theirs = absl_handler.format(record(python_logging.WARNING, "%s\n\x1b two", np.__file__))
+    assert theirs.endswith("warning: x\n\\x1b two")

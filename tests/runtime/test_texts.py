@@ -11,7 +11,7 @@ def test_text_is_fine(text):
     check_text(text, "caption")
 
 
-@pytest.mark.parametrize("character", ["\x00", "\x07", "\x1b", "\x7f", "\x9b"])
+@pytest.mark.parametrize("character", ["\x00", "\x07", "\x1b", "\x7f", "\x9b", "\ud800", "\udc80"])
 def test_control_characters_are_named(character):
     with pytest.raises(UserError, match=r"^caption 7 has the control character .* at place 3;"):
         check_text(f"a {character}duck", "caption 7")

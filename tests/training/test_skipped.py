@@ -49,6 +49,26 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been():
         jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(expected, name))
 
 
+def test_all_devices_skip_a_step_that_one_of_them_spoils():
+    mesh = jax.make_mesh((8,), ("data",))
+    rows, same = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("data",), ()))
+    params = jax.device_put(jnp.ones(3), same)
+    state = State(jnp.int32(0), params, params, OPTIMIZER.init(params), frozen={"x": params})
+    state = jax.device_put(state, same)
+    step = jax.jit(finite_steps_alone(train_step), out_shardings=same)
+    batch = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
+    state, metrics = step(state, jax.device_put(batch, rows), jax.random.key(0))
+    assert float(metrics["skipped"]) == 0
+    batch[13] = np.nan  # a row of the seventh
+    after, metrics = step(state, jax.device_put(batch, rows), jax.random.key(0))
+    assert float(metrics["skipped"]) == 1 and int(after.step) == 2
+    for before, leaf in zip(jax.tree.leaves(state.opt), jax.tree.leaves(after.opt), strict=True):
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(shard.data, before)
+    for shard in after.params.addressable_shards:
+        np.testing.assert_array_equal(shard.data, state.params)
+
+
 GOOD, BAD = {"loss": 0.5, "skipped": 0.0}, {"loss": float("nan"), "g": 1.0, "skipped": 1.0}
 
 

@@ -148,3 +148,37 @@ def test_impossible_headers_are_refused(tmp_path, header, part):
     path = tmp_path / "a.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
     check_refused(path, part)
+
+
+ONE = '"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
+
+
+@pytest.mark.parametrize(
+    ("header", "part"),
+    [
+        ("{" + ONE + "," + ONE + "}", "its header has a name twice"),
+        ('{"__metadata__": {"a": 1},' + ONE + "}", "its __metadata__ is not of texts"),
+        ('{"__metadata__": ["a"],' + ONE + "}", "its __metadata__ is not of texts"),
+        ("[" * 100_000, "neither a safetensors file nor"),
+    ],
+)
+def test_headers_that_other_readers_refuse_are_refused_for_their_metadata_too(
+    tmp_path, header, part
+):
+    path = tmp_path / "a.safetensors"
+    header = header if header.startswith("{") else '{"w":' + header
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(8))
+    check_refused(path, part)
+    with pytest.raises(UserError, match=f"cannot read weights {path}: .*{part}"):
+        files.read_metadata(path)
+    path.unlink()
+    with pytest.raises(UserError, match=f"cannot read weights {path}: No such file"):
+        files.read_metadata(path)
+
+
+def test_metadata_is_that_of_the_header(tmp_path):
+    path = tmp_path / "a.safetensors"
+    files.write(path, {"w": np.zeros(3, np.float32)}, {"a": "ü", "b": ""})
+    assert files.read_metadata(path) == {"a": "ü", "b": ""}
+    files.write(path, {"w": np.zeros(3, np.float32)})
+    assert files.read_metadata(path) == {}

@@ -100,6 +100,17 @@ def test_what_is_not_here_is_refused():
         ({"thresholding": True}, "here has thresholding, which is not supported"),
         ({"beta_start": "low"}, "here: could not convert"),
         ({"beta_end": 2.0}, r"here: betas must lie in \(0, 1\)"),
+        ({"clip_sample": True, "clip_sample_range": "x"}, "here: could not convert"),
+        ({"prediction_type": ["v"]}, "here: .*unhashable"),
+        ({"_use_default_values": 5}, "here: .*not iterable"),
+        ({"num_train_timesteps": 1e13}, "here: num_timesteps=10000000000000 must be 1 to 100000"),
+        ({"num_train_timesteps": float("inf")}, "here: cannot convert float infinity"),
+        ({"num_train_timesteps": 0}, "here: num_timesteps=0 must be 1 to"),
+        ({"trained_betas": [5, 5]}, "here: the betas .* must be above 0 and at most 1"),
+        ({"trained_betas": [0.1, float("nan")]}, "here: the betas .* must be above 0"),
+        ({"trained_betas": [0.1, 1.0, 0.1]}, "here: the betas .* must be above 0"),
+        ({"trained_betas": []}, "here: a noise schedule has 1 to 100000 timesteps"),
+        ({"trained_betas": [[0.1]]}, "here: a noise schedule has 1 to 100000 timesteps"),
     ):
         with pytest.raises(UserError, match=message):
             schedulers.read_config(config_of("DDIMScheduler") | changes, "here")

@@ -8,6 +8,8 @@ import pathlib
 import pickle
 import struct
 import sys
+import time
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -338,24 +340,28 @@ def archive_of(path, pickled: bytes, members=(), **options):
     return path
 
 
-def of_tensor(size: int, shape, strides) -> bytes:
-    """The pickle of a dict with one tensor of float32."""
+def of_tensor(size: int, shape, strides, names=("w",)) -> bytes:
+    """The pickle of a dict with a tensor of float32, or several, each of its own storage."""
 
     class Rebuilt:
-        def __reduce__(self):
-            return torch._utils._rebuild_tensor_v2, (Storage(), 0, shape, strides, False, {})
+        def __init__(self, key):
+            self.key = key
 
-    class Storage:
+        def __reduce__(self):
+            storage = Storage(self.key)
+            return torch._utils._rebuild_tensor_v2, (storage, 0, shape, strides, False, {})
+
+    class Storage(Rebuilt):
         pass
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, value):
             if isinstance(value, Storage):
-                return ("storage", torch.FloatStorage, "0", "cpu", size)
+                return ("storage", torch.FloatStorage, value.key, "cpu", size)
             return None
 
     file = io.BytesIO()
-    Pickler(file, 2).dump({"w": Rebuilt()})
+    Pickler(file, 2).dump({name: Rebuilt(str(i)) for i, name in enumerate(names)})
     return file.getvalue()
 
 
@@ -380,7 +386,42 @@ def test_parts_that_unpack_to_far_more_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "a.ckpt"
     packed = {"compression": zipfile.ZIP_DEFLATED}
     archive_of(path, of_tensor(2**25, (2**25,), (1,)), [("0", bytes(2**27))], **packed)
-    check_refused(path, f"its part archive/data/0 would take {2**27} bytes")
+    check_refused(path, f"its compressed parts up to archive/data/0 would take {2**27} bytes")
+    with zipfile.ZipFile(path, "w", **packed) as archive:
+        archive.writestr("archive/data.pkl", of_tensor(1, (1,), (1,)))
+        archive.writestr("archive/byteorder", bytes(2**27))
+    tracemalloc.start()
+    check_refused(path, "its numbers are big-endian")
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
     monkeypatch.setattr(torch_files, "MAX_PICKLE", 10**6)
     archive_of(path, b"\x80\x02}(" + b"N" * 2 * 10**6 + b"u.", **packed)
     check_refused(path, "its pickle has more than 0 MiB")
+
+
+def test_many_parts_that_unpack_to_a_little_more_are_refused(tmp_path):
+    pickled = of_tensor(2**24, (2**24,), (1,), names="abc")
+    members = [(str(i), bytes(2**26)) for i in range(3)]
+    path = archive_of(tmp_path / "a.ckpt", pickled, members, compression=zipfile.ZIP_DEFLATED)
+    check_refused(path, f"its compressed parts up to archive/data/1 would take {2**27} bytes")
+
+
+PAIR = b"2\x86"  # a tuple of the last object, twice
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"}" + b")" + PAIR * 60 + b"Ns.",  # whose hash takes 2^60 steps
+        b"}" + b")" + PAIR * 20 + b"q\x01Ns" + b"h\x01Ns" * 200 + b".",  # and 200 times 2^20
+        b"}" + b")" + b"q\x01h\x01h\x01\x86" * 60 + b"Ns.",
+        b"}" + b"}" * 1_100_000 + b".",
+        b"ccollections\nOrderedDict\nq\x00((lp\x01(X\x01\x00\x00\x00aNt" + b"2" * 2000
+        + b"e0" + b"h\x00(h\x01tR0" * 1000 + b"}.",
+    ],
+)  # fmt: skip
+def test_pickles_that_would_take_for_ever_are_refused(tmp_path, pickled):
+    start = time.monotonic()
+    with pytest.raises(UserError):
+        files.read(archive_of(tmp_path / "a.ckpt", b"\x80\x02" + pickled))
+    assert time.monotonic() - start < 60
