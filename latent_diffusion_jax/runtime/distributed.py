@@ -89,7 +89,8 @@ def connect(cluster: Cluster) -> None:
         jax.config.update("jax_rocm_visible_devices", "all")
     if jax.process_index() != 0:
         _say_when_cut_off(jax_distributed.global_state.coordinator_address)
-    threading.Thread(target=_watch, name="watch", daemon=True).start()
+    _watchers.append(threading.Thread(target=_watch, name="watch", daemon=True))
+    _watchers[-1].start()
 
 
 def _say_when_cut_off(address: str | None) -> None:
@@ -166,6 +167,8 @@ def num_processes() -> int:
 # Ending together.
 
 _leaving = threading.Lock()  # held by the thread that ends this process, to its end
+_watchers: list[threading.Thread] = []
+_done = threading.Event()
 
 
 def finish() -> None:
@@ -173,6 +176,10 @@ def finish() -> None:
     if num_processes() > 1:
         wait_for_all("done")
         _leaving.acquire()
+        # Python ends threads that are in foreign code on its way out, which aborts the process.
+        _done.set()
+        for thread in _watchers:
+            thread.join(LEAVE_SECONDS)
 
 
 def fail(message: str, status: int) -> NoReturn:
@@ -207,7 +214,8 @@ def _watch() -> None:
     heard = {f"{ALIVE}{i}": ("", time.monotonic()) for i in others}  # last signs and their times
     next_sign = 0.0
     for count in itertools.count():
-        time.sleep(WATCH_SECONDS)
+        if _done.wait(WATCH_SECONDS):
+            return
         try:
             if time.monotonic() >= next_sign:
                 next_sign = time.monotonic() + ALIVE_SECONDS

@@ -114,6 +114,17 @@ def test_processes_share_values():
     assert run(main) == [(0, ["in 0"]), (0, ["in 1"])]
 
 
+def test_no_thread_talks_to_the_others_while_python_ends():
+    """It would be ended in the middle, and take the process with it."""
+    before = """
+import atexit, threading
+names = lambda: sorted(thread.name for thread in threading.enumerate())
+atexit.register(lambda: print("watch" in names(), file=sys.stderr))
+"""
+    main = "print('watch' in names(), file=sys.stderr)"
+    assert run(main, before) == [(0, ["True", "False"])] * 2
+
+
 def test_all_stop_after_the_same_step():
     main = """
     for step in range(4, 100, 4):
