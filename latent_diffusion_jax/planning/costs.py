@@ -10,8 +10,8 @@ and a collective what the links take, less what is computed meanwhile where XLA 
 Copies to and from on-chip memory that XLA runs in the background count as bytes alone.
 
 Weaknesses: nothing is said of vector units (exponentials in attention, normalisation: mostly bound
-by memory), of latencies of small operations, or of how well the compiler fills the pipelines. A
-real step is slower.
+by memory), of latencies of small operations, of the way to the host's memory (remat "offload"), or
+of how well the compiler fills the pipelines. A real step is slower.
 """
 
 import dataclasses
