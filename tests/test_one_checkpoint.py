@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from latent_diffusion_jax import evaluate, first_stages, loading, pipelines
-from latent_diffusion_jax.runtime import checkpoints
+from latent_diffusion_jax.runtime import checkpoints, trees
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.train import train
 
@@ -54,6 +54,14 @@ def test_it_is_opened_by_its_path(workdir, tmp_path):
             evaluate.what_to_measure(*flags, None, [])
         path, out, alone = evaluate.what_to_measure(*flags, str(tmp_path), [])
         assert (str(path), out, alone) == (flags[0] or flags[1], tmp_path, flags[0] is None)
+
+
+def test_what_is_frozen_is_not_written_again(workdir):
+    for step in (2, 4):
+        with checkpoints.open_manager(workdir / "diffusion") as manager:
+            names = trees.flatten_names(manager.item_metadata(step)["state"].tree)
+        assert {name.split("/")[0] for name in names} == {"step", "params", "ema", "opt"}
+        assert not [name for name in names if "autoencoder" in name]
 
 
 def test_weights_that_are_no_numbers_draw_no_picture(trained_workdir):

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -36,8 +37,8 @@ FLAGS = (
 )
 
 
-def start(workdir, data_dir, processes):
-    flags = (*FLAGS, f"--workdir={workdir}", f"--config.data.data_dir={data_dir}")
+def start(workdir, data_dir, processes, *more):
+    flags = (*FLAGS, *more, f"--workdir={workdir}", f"--config.data.data_dir={data_dir}")
     command = [sys.executable, "-m", "latent_diffusion_jax.train", *flags]
     if processes > 1:
         command = [sys.executable, "launch/local.py", f"--processes={processes}", "--", *flags]
@@ -45,6 +46,13 @@ def start(workdir, data_dir, processes):
         command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
+
+
+def finish(process, status=0):
+    """What it says to its end."""
+    output, _ = process.communicate(timeout=1800)
+    assert process.returncode == status, output
+    return output
 
 
 def steps_done(workdir):
@@ -91,14 +99,19 @@ def leaves(workdir, stage):
     return trees.flatten_names(checkpoints.restore_part(folder, STEPS, shapes))
 
 
+def assert_same(undisturbed, workdir):
+    for stage in STAGES:
+        expected, found = leaves(undisturbed, stage), leaves(workdir, stage)
+        assert expected.keys() == found.keys()
+        for name, leaf in expected.items():
+            np.testing.assert_array_equal(found[name], leaf, err_msg=f"{stage} {name}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "kills"), [(1, 80), (2, 20)])
 def test_killed_runs_end_like_undisturbed_ones(tmp_path, data_dir, processes, kills):
     undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "killed"
-    process = start(undisturbed, data_dir, processes)
-    output, _ = process.communicate(timeout=1800)
-    assert process.returncode == 0, output
-
+    finish(start(undisturbed, data_dir, processes))
     rng, killed, waited = random.Random(processes), 0, []
     while True:
         process = start(workdir, data_dir, processes)
@@ -108,14 +121,26 @@ def test_killed_runs_end_like_undisturbed_ones(tmp_path, data_dir, processes, ki
             process.communicate(timeout=600)  # of two, the other one ends too
             waited.append(time.time() - moment)
             continue
-        output, _ = process.communicate(timeout=1800)
-        assert process.returncode == 0, output
+        finish(process)
         break
     print(f"\n{killed} kills; the rest ended at most {max(waited):.0f} s later")
     assert killed == kills, "it was done too early"
     assert max(waited) < 60
-    for stage in STAGES:
-        expected, found = leaves(undisturbed, stage), leaves(workdir, stage)
-        assert expected.keys() == found.keys()
-        for name, leaf in expected.items():
-            np.testing.assert_array_equal(found[name], leaf, err_msg=f"{stage} {name}")
+    assert_same(undisturbed, workdir)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_saves_on_both_at_the_same_step(tmp_path, data_dir):
+    undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "stopped"
+    finish(start(undisturbed, data_dir, 2))
+    for goal in (20, STEPS + 20):  # in each stage
+        process = start(workdir, data_dir, 2, "--config.grace_seconds=120")
+        while process.poll() is None and steps_done(workdir) < goal:
+            time.sleep(0.01)
+        os.kill(children(process.pid)[1], signal.SIGTERM)
+        output = finish(process, 128 + signal.SIGTERM)
+        stopped = re.findall(r"(\w+): stopped and saved at step (\d+) of", output)
+        ((stage, step),) = stopped
+        assert checkpoints.latest_step(workdir / stage) == int(step) < STEPS
+    finish(start(workdir, data_dir, 2))
+    assert_same(undisturbed, workdir)
