@@ -65,7 +65,7 @@ def test_the_largest_batch_of_micro_batches():
     assert all(images % 6 == 0 for _, images in asked)
 
 
-def needs(fsdp=1, remat=("none", "blocks", "full"), accumulation=1, images=8):
+def needs(fsdp=1, remat=("none", "blocks", "full", "offload"), accumulation=1, images=8):
     """Fits with at least so much sharding, one of these policies, so many micro-batches."""
 
     def bytes_of(config, batch):
@@ -155,7 +155,7 @@ def test_chips_that_share_images():
 
 @pytest.mark.parametrize(
     ("policy", "tried"),
-    [("dots", ["dots", "blocks", "full"]), ("full", ["full"])],
+    [("dots", ["dots", "blocks", "full", "offload"]), ("full", ["full", "offload"])],
 )
 def test_what_keeps_more_than_the_configs_own_is_not_tried(policy, tried):
     config = txt2img.get_config("smoke")
