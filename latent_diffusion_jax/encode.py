@@ -53,7 +53,7 @@ def encode_dataset(
     origin: str,
     out: str | pathlib.Path,
     *,
-    dtype: str = "float16",
+    dtype: str = latents.DTYPES[0],
     crops: int = 1,
     batch_size: int | None = None,
     shard_size: int = SHARD_SIZE,
@@ -243,11 +243,11 @@ def define_flags() -> None:
         "config", None, "Config file, then overrides; default the workdir's own config."
     )
     flags.DEFINE_string(
-        "first_stage", None, "A workdir, a diffusers folder or a CompVis file; default the "
-        "config's first_stage.init_from.",
+        "first_stage", None, "A workdir, a checkpoint in it (WORKDIR/first_stage/STEP), a "
+        "diffusers folder or a CompVis file; default the config's first_stage.init_from.",
     )  # fmt: skip
     flags.DEFINE_string("out", None, "Folder for the latents.", required=True)
-    flags.DEFINE_enum("dtype", "float16", latents.DTYPES, "That moments are stored in.")
+    flags.DEFINE_enum("dtype", latents.DTYPES[0], latents.DTYPES, "That moments are stored in.")
     flags.DEFINE_integer(
         "crops", 1, "Crops of each training image: 1 at the centre, or N random ones, of which "
         "training takes another each time.", lower_bound=1,

@@ -94,7 +94,7 @@ def plan(
                 tried = f"mesh.fsdp, accumulation, remat={'/'.join(search.STRONGER)}, {tried}"
             print(f"  nothing that was tried makes it fit: {tried}", flush=True)
         else:
-            total = change[1].memory.total / report.GIB
+            total = change[1].total / report.GIB
             print(f"  it fits with {change[0]} ({total:.2f} GiB)", flush=True)
     if save is not None and found.executable is not None:
         _save(found, save / topology.replace(":", "_").replace("*", "_") / name)

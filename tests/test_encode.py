@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer
 
 from latent_diffusion_jax import build, first_stages
 from latent_diffusion_jax.data.latents import LatentSource
 from latent_diffusion_jax.encode import encode_dataset, open_inputs
-from latent_diffusion_jax.runtime import checkpoints, sharding
+from latent_diffusion_jax.planning import programs
+from latent_diffusion_jax.runtime import checkpoints, saved_programs, sharding
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.images import to_float
 from latent_diffusion_jax.train import train
@@ -319,6 +321,24 @@ def test_training_from_latents_is_training_from_images(trained_workdir, latent_c
     from latent_diffusion_jax import pipelines
 
     assert pipelines.load(workdir)("a handwritten two").shape == (1, 32, 32, 3)
+
+
+def test_the_step_that_was_planned_for_latents_is_the_one_that_runs(
+    trained_workdir, latent_config, tmp_path
+):
+    """Compiled from shapes alone; of the data the plan is told how many tokens there are."""
+    tokens = trained_workdir / "diffusion" / "4" / "tokenizer" / "tokenizer.json"
+    latent_config.num_steps = latent_config.log_every = 1
+    planned = latent_config.copy_and_resolve_references()
+    planned.tokenizer.vocab_size = Tokenizer.from_file(str(tokens)).get_vocab_size()
+    mesh = sharding.make_mesh(dict(planned.mesh))
+    program = programs.make(planned, "diffusion", mesh, planned.batch_size, num_labels=0)
+    with jax.set_mesh(mesh):
+        lowered = program.trace().lower()
+    saved_programs.save(tmp_path / "here" / "diffusion", lowered, lowered.compile())
+    shutil.copytree(trained_workdir / "first_stage", tmp_path / "run" / "first_stage")
+    assert train(latent_config, tmp_path / "run", compiled=tmp_path / "here")
+    assert checkpoints.latest_step(tmp_path / "run" / "diffusion") == 1
 
 
 def test_a_first_stage_from_elsewhere_is_adopted(

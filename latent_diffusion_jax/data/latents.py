@@ -25,7 +25,7 @@ from latent_diffusion_jax.runtime.errors import StorageError, UserError
 INDEX_FILE = "latents.json"
 FORMAT = 1
 SPLITS = ("train", "test")
-DTYPES = ("float16", "float32")
+DTYPES = ("float16", "float32")  # the first where nothing is said
 # One record a group, for random access. Noise does not shrink: compressed, records are 8 % smaller
 # and take four times as long to read.
 WRITER_OPTIONS = "group_size:1,uncompressed"

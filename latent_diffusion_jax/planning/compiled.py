@@ -14,11 +14,21 @@ from latent_diffusion_jax.planning.costs import Cost
 from latent_diffusion_jax.planning.links import Slices
 from latent_diffusion_jax.planning.programs import Program
 from latent_diffusion_jax.runtime.compilation import no_persistent_cache
+from latent_diffusion_jax.runtime.errors import UserError
 
 # The search for the best windows of convolutions takes more than half of the compiler's time, and
 # changes a program's code by megabytes, and neither what it computes nor what it moves.
 NO_SEARCH = {"xla_jf_convolution_performance_target": 0}
-_SIZES = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "": 1.0}
+_SIZES = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40, "P": 2.0**50}
+# Of the versions of the compiler, what it says of a program that needs too much.
+_TOO_MUCH = (
+    r"\(([\d.]+)([KMGTP]?)\) exceeds available HBM",
+    r"memory space hbm\. Used ([\d.]+)([KMGTP]?)i?B? of",
+)
+
+
+class CompilerError(UserError):
+    """The compiler gave up on a program, and not because its arrays need too much memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +40,14 @@ class Memory:
       temporaries: what the program allocates for itself, its results and code included.
       available: to programs.
       counted: the compiler laid it out; otherwise it gave up, and the sum is what it says.
+      host: what the program allocates of the host's memory, for each chip.
     """
 
     resident: dict[str, float]
     temporaries: float
     available: float
     counted: bool = True
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -102,6 +114,9 @@ def compile_program(
       slices: that it is for.
       with_cost: whether to estimate it.
       to_run: as for running it, with the best windows of convolutions.
+
+    Raises:
+      CompilerError: the compiler cannot do it.
     """
     start = time.perf_counter()
     traced = program.trace()
@@ -113,7 +128,10 @@ def compile_program(
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:
-            raise
+            reason = " ".join(str(error).split())[:300]
+            raise CompilerError(
+                f"{program.name} cannot be compiled for {program.images} images: {reason}"
+            ) from error
         seconds = time.perf_counter() - start
         own = max(needed - program.argument_bytes, 0.0)
         memory = Memory(program.resident, own, slices.chip.memory, counted=False)
@@ -125,7 +143,8 @@ def compile_program(
         + found.generated_code_size_in_bytes
         + max(found.output_size_in_bytes - found.alias_size_in_bytes, 0)
     )
-    memory = Memory(program.resident, float(own), slices.chip.memory)
+    host = float(found.host_temp_size_in_bytes)
+    memory = Memory(program.resident, float(own), slices.chip.memory, host=host)
     cost = costs.estimate(hlo.parse(text), slices, program.rounds) if with_cost else None
     return Compiled(program, slices, memory, seconds, flops, cost, executable, text, lowered)
 
@@ -142,5 +161,7 @@ def _compile(lowered: Any, options: dict[str, Any]) -> tuple[Any, str]:
 
 def _needed(message: str) -> float | None:
     """Bytes that the compiler ran out of memory for, arguments included; None for other errors."""
-    found = re.search(r"\(([\d.]+)([KMG]?)\) exceeds available HBM", message)
-    return float(found[1]) * _SIZES[found[2]] if found else None
+    for pattern in _TOO_MUCH:
+        if found := re.search(pattern, message):
+            return float(found[1]) * _SIZES[found[2]]
+    return None

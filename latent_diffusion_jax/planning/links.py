@@ -70,7 +70,8 @@ class Collective:
         passes = 2.0 if self.kind == "all-reduce" else 1.0
         seconds = 0.0
         if self.kind == "collective-permute":
-            return self.size / slices.chip.link_bandwidth
+            between = slices.chip.host_bandwidth if spanned > 1 else slices.chip.link_bandwidth
+            return self.size / between
         if local > 1:
             share = (local - 1) / local
             if self.kind == "all-to-all":
@@ -98,35 +99,65 @@ def find_collective(instruction: Instruction, num_chips: int, hidden: bool) -> C
 
 
 def first_group(attributes: str, num_chips: int) -> tuple[int, ...]:
-    """The first of an instruction's groups of chips, in any of the ways that XLA prints them."""
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
-    if named:
-        axes = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", named.group(1))]
-        taken = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named.group(2))
-        shape: list[int] = []
-        chosen: list[int] = []
-        for name, size in axes:
-            part = next((found for found in taken if found[0] == name), None)
-            if part and part[1]:  # 'axis':(m)s, the part of size s that has m steps before it
-                before, inside = int(part[1]), int(part[2])
-                chosen.append(len(shape) + 1)
-                shape += [before, inside, size // before // inside]
-                continue
-            if part:
-                chosen.append(len(shape))
-            shape.append(size)
-        ids = np.arange(math.prod(shape)).reshape(shape)
-        rest = [axis for axis in range(len(shape)) if axis not in chosen]
-        group = ids.transpose(*rest, *chosen).reshape(-1, math.prod(shape[a] for a in chosen))[0]
-        return tuple(int(i) for i in group)
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    """The first of an instruction's groups of chips, in any of the ways that XLA prints them.
+
+    Of a permutation it is the pair that is farthest apart.
+
+    Raises:
+      ValueError: the groups are printed in a way that is not known.
+    """
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](.*?) \{([^}]*)\}", attributes)
+    if mesh:
+        return _group_of_mesh(*mesh.groups())
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
     if iota:
-        shape = [int(i) for i in iota.group(3).split(",")]
-        ids = np.arange(math.prod(shape)).reshape(shape)
-        if iota.group(4):
-            ids = ids.transpose([int(i) for i in iota.group(4).split(",")])
-        return tuple(int(i) for i in ids.reshape(int(iota.group(1)), int(iota.group(2)))[0])
+        ids = _iota(iota.group(3)).reshape(int(iota.group(1)), int(iota.group(2)))
+        return tuple(int(i) for i in ids[0])
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
     if listed:
         return tuple(int(i) for i in listed.group(1).split(","))
+    pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]+\})\}", attributes)
+    if pairs:
+        found = [(int(a), int(b)) for a, b in re.findall(r"(\d+),(\d+)", pairs.group(1))]
+        return max(found, key=lambda pair: abs(pair[0] - pair[1]))
+    if re.search(r"replica_groups=(?!\{\})", attributes):
+        raise ValueError(f"groups of chips that are not understood: {attributes[:200]}")
     return tuple(range(num_chips))
+
+
+def _group_of_mesh(named: str, order: str, groups: str) -> tuple[int, ...]:
+    """Of mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}, whose parts these are."""
+    axes = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", named)]
+    taken = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", groups)
+    shape: list[int] = []
+    chosen: list[int] = []
+    for name, size in axes:
+        part = next((found for found in taken if found[0] == name), None)
+        if part and part[1]:  # 'axis':(m)s, the part of size s that has m steps before it
+            before, inside = int(part[1]), int(part[2])
+            chosen.append(len(shape) + 1)
+            shape += [before, inside, size // before // inside]
+            continue
+        if part:
+            chosen.append(len(shape))
+        shape.append(size)
+    ids = np.arange(math.prod(shape))
+    if order:
+        device_ids = re.fullmatch(r", device_ids=\((.*)\)", order)
+        if not device_ids:
+            raise ValueError(f"groups of chips that are not understood: {named}{order}")
+        ids = _iota(device_ids.group(1))
+    ids = ids.reshape(shape)
+    rest = [axis for axis in range(len(shape)) if axis not in chosen]
+    group = ids.transpose(*rest, *chosen).reshape(-1, math.prod(shape[a] for a in chosen))[0]
+    return tuple(int(i) for i in group)
+
+
+def _iota(text: str) -> np.ndarray:
+    """What [4,2]T(1,0) stands for: 0, 1, ... in an array of that shape, its axes put in order."""
+    found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if not found:
+        raise ValueError(f"an order of chips that is not understood: {text[:200]}")
+    shape = [int(i) for i in found.group(1).split(",")]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose([int(i) for i in found.group(2).split(",")]) if found.group(2) else ids

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build
+from latent_diffusion_jax.conditioning import tokenizers
 from latent_diffusion_jax.conditioning.base import UNCONDITIONAL, Conditioning
+from latent_diffusion_jax.data import latents
 from latent_diffusion_jax.ldm import LatentDiffusion
 from latent_diffusion_jax.models.autoencoder import ENCODER, param_shapes
 from latent_diffusion_jax.models.clip_text import PUBLISHED
@@ -24,6 +27,8 @@ from latent_diffusion_jax.sampling import Request, make_draw
 from latent_diffusion_jax.training.state import Stage, jit_train_step
 
 SAMPLE = "sample"
+# Start, end and padding of Stable Diffusion's tokenizers.
+CLIP_TOKENS = {"ViT-L/14": (49_406, 49_407, 49_407), "ViT-H/14": (49_406, 49_407, 0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Program:
       arguments: shapes, with shardings.
       mesh: that it is compiled for.
       images: of a call.
-      rounds: of its loops whose number is an argument: a sampler's steps.
+      rounds: of its loops whose number is an argument: a sampler's calls of the network.
       resident: bytes on each chip while it runs, by kind, beside what it allocates itself.
     """
 
@@ -82,7 +87,7 @@ def make(
     """
     if name == SAMPLE:
         return _sampler(config, mesh, batch_size, num_labels, dtype)
-    stage, batch, frozen, unused = _STAGES[name](config, batch_size, num_labels)
+    stage, batch, frozen = _STAGES[name](config, batch_size, num_labels)
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
         state = jax.eval_shape(stage.init, key).replace(frozen=frozen)
@@ -94,14 +99,11 @@ def make(
     state = _placed(state, shardings)
     batch = _placed(batch, sharding.batch_sharding(mesh))
     key = _placed(key, sharding.replicated(mesh))
-    frozen_bytes = bytes_of_device(state.frozen) + bytes_of_device(
-        _placed(unused, sharding.state_sharding(unused, mesh))
-    )
     resident = {
         "parameters": bytes_of_device(state.params),
         "average": bytes_of_device((state.ema, state.averages)),
         "optimizer": bytes_of_device(state.opt),
-        "frozen": frozen_bytes,
+        "frozen": bytes_of_device(state.frozen),
         "batches": 2 * bytes_of_device(batch),  # this step's and the next one's
     }
     network = config.first_stage.autoencoder if name == "first_stage" else config.unet
@@ -143,54 +145,60 @@ def _sampler(
     guided = bool(inputs) and config.sample.guidance_scale != 1.0
     request = Request(seeds, inputs, inputs if guided else None)
     rows = split if batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else same
-    plan = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, build.sample_plan(config)))
+    steps = build.sample_plan(config)
+    plan = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, steps))
     arguments = params, _placed(request, rows), _placed(plan, same)
     draw = jax.jit(make_draw(ldm, ldm.image_size, ldm.image_size))
     resident = {"parameters": bytes_of_device(params)}
-    return Program(SAMPLE, draw, arguments, mesh, batch_size, config.sample.steps, resident)
+    return Program(SAMPLE, draw, arguments, mesh, batch_size, int(steps.num_rows), resident)
 
 
 def _first_stage_program(
     config: ConfigDict, batch_size: int, num_labels: int
-) -> tuple[Stage, Any, Any, Any]:
-    """(stage, batch, frozen parameters, those that are there and that the step does not read)."""
+) -> tuple[Stage, Any, Any]:
+    """(stage, batch, frozen parameters)."""
     del num_labels
     frozen = None
     if config.first_stage.loss.lpips_weights:
         pair = jnp.zeros((1, 64, 64, 3))
         frozen = jax.eval_shape(lambda: LPIPS().init(jax.random.key(0), pair, pair)["params"])
-    return build.first_stage(config), {"image": _images(config, batch_size)}, frozen, ()
+    return build.first_stage(config), {"image": _images(config, batch_size)}, frozen
 
 
 def _diffusion_program(
     config: ConfigDict, batch_size: int, num_labels: int
-) -> tuple[Stage, Any, Any, Any]:
+) -> tuple[Stage, Any, Any]:
     ldm, conditioning = _second_stage(config, num_labels)
     frozen: dict[str, Any] = {}
-    unused: Any = ()
     batch = _conditions(conditioning, batch_size)
     if ldm.autoencoder is None or not config.data.latents:
         batch["image"] = _images(config, batch_size)
     else:
         h, w, c = ldm.latent_shape
         moments = 2 * c if config.first_stage.kind == "kl" else c
-        batch["moments"] = jax.ShapeDtypeStruct((batch_size, h, w, moments), jnp.float32)
+        dtype = _latents_dtype(pathlib.Path(config.data.latents).expanduser())
+        batch["moments"] = jax.ShapeDtypeStruct((batch_size, h, w, moments), dtype)
     if ldm.autoencoder is not None:
         frozen["scale_factor"] = jax.ShapeDtypeStruct((), jnp.float32)
         params = param_shapes(ldm.autoencoder)
-        if config.data.latents:
-            unused = {part: v for part, v in params.items() if part not in ENCODER}
-        else:
-            frozen["autoencoder"] = params
+        if config.data.latents:  # as `train` has it: the decoder, for previews
+            params = {part: v for part, v in params.items() if part not in ENCODER}
+        frozen["autoencoder"] = params
     if ldm.conditioner is not None and not ldm.trained_conditioner:
         null = next(iter(conditioning.null.values()))[None]
         frozen["conditioner"] = jax.eval_shape(
             lambda: ldm.conditioner.init(jax.random.key(0), null)["params"]  # type: ignore
         )
-    return build.second_stage(config, ldm, conditioning), batch, frozen, unused
+    return build.second_stage(config, ldm, conditioning), batch, frozen
 
 
-_STAGES: dict[str, Callable[[ConfigDict, int, int], tuple[Stage, Any, Any, Any]]] = {
+def _latents_dtype(folder: pathlib.Path) -> Any:
+    """That of the folder's moments, or what `encode` gives them by default."""
+    index = latents.read_index(folder)
+    return jnp.dtype(index["dtype"] if index else latents.DTYPES[0])
+
+
+_STAGES: dict[str, Callable[[ConfigDict, int, int], tuple[Stage, Any, Any]]] = {
     "first_stage": _first_stage_program,
     "diffusion": _diffusion_program,
 }
@@ -209,7 +217,7 @@ def _second_stage(config: ConfigDict, num_labels: int) -> tuple[LatentDiffusion,
     vocabulary = config.tokenizer.vocab_size if kind == "text" else 0
     ldm = build.latent_diffusion(config, vocabulary, length, num_labels=num_labels, clip=clip)
     if kind in ("text", "clip"):
-        tokens = np.zeros(length, np.int32)
+        tokens = _null_tokens(config, length)
         previews = np.zeros((len(config.sample.prompts), length), np.int32)
         return ldm, Conditioning(lambda record, rng: {}, {"tokens": tokens}, {"tokens": previews})
     if kind == "class":
@@ -217,6 +225,15 @@ def _second_stage(config: ConfigDict, num_labels: int) -> tuple[LatentDiffusion,
         label = np.array(num_labels, np.int32)
         return ldm, Conditioning(lambda record, rng: {}, {"label": label}, {"label": previews})
     return ldm, UNCONDITIONAL
+
+
+def _null_tokens(config: ConfigDict, length: int) -> np.ndarray:
+    """Those of the empty prompt, which are constants of the program."""
+    if config.conditioning == "text":  # they do not depend on captions
+        trained = tokenizers.train([], config.tokenizer.vocab_size, length)
+        return tokenizers.prompt_tokenizer(trained).null
+    start, end, padding = CLIP_TOKENS[config.clip.model]
+    return np.array([start, end, *[padding] * (length - 2)], np.int32)
 
 
 def _conditions(conditioning: Conditioning, batch_size: int) -> dict[str, Any]:

@@ -26,6 +26,8 @@ def describe(name: str, found: Compiled) -> str:
         f"{memory.total / GIB:.2f} of {memory.available / GIB:.2f} GiB"
         f"{'' if memory.fits else ': DOES NOT FIT'}"
     )
+    if memory.host:
+        lines.append(f"  memory of the host: {memory.host / GIB:.2f} GiB for each chip")
     lines.append(f"  compiled in {found.seconds:.0f} s")
     cost = found.cost
     if cost is None:
@@ -82,7 +84,7 @@ def as_row(name: str, found: Compiled, largest: int | None) -> dict[str, Any]:
         "compile s": found.seconds,
         "largest": largest,
         "fits": memory.fits,
-        "memory": memory.resident | {"temporaries": memory.temporaries},
+        "memory": memory.resident | {"temporaries": memory.temporaries, "host": memory.host},
         "model_flops": found.model_flops,
     }
     if found.cost is not None:

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator
 
+from absl import logging
 from ml_collections import ConfigDict
 
 from latent_diffusion_jax.models.remat import POLICIES
-from latent_diffusion_jax.planning.compiled import Compiled
+from latent_diffusion_jax.planning.compiled import Compiled, CompilerError, Memory
 from latent_diffusion_jax.planning.links import Slices
 
 MOST = 1024  # images of a chip that are tried
@@ -23,7 +24,7 @@ def largest_batch(
 ) -> int:
     """The most images of a chip, up to `MOST`, with which a program that fits goes on fitting.
 
-    Temporaries grow about linearly: two compilations tell where to look, others make sure.
+    Temporaries grow about linearly: two compilations tell where to look, two more that it is there.
 
     Args:
       config: of the run.
@@ -31,33 +32,52 @@ def largest_batch(
       found: compiled with them.
       attempt: compiles with others.
       multiple: that images have to be of, the number of micro-batches.
+
+    Returns:
+      That number; `multiple` more do not fit.
     """
     fitting, most = images, MOST // multiple * multiple
     known = {fitting: found.memory.total}
     failed: int | None = None
-    while fitting < most and (failed is None or failed - fitting > max(multiple, fitting // 8)):
-        if failed is not None:
-            trial = (fitting + failed) // 2
-        elif len(known) == 1:
+    narrowed = True  # the last trial has halved what is left, or there is no end of that yet
+    while fitting < most and (failed is None or failed - fitting > multiple):
+        end = most if failed is None else failed - multiple
+        if len(known) == 1:
             trial = 2 * fitting
+        elif not narrowed:
+            trial = (fitting + end) // 2
         else:
-            (a, low), (b, high) = sorted(known.items())[-2:]
-            of_image = max((high - low) / (b - a), 1.0)
-            room = found.memory.available - high
-            trial = b + int(room / of_image)
-        trial = min(max(trial // multiple * multiple, fitting + multiple), most)
-        memory = attempt(config, trial).memory
-        if memory.fits:
-            fitting = trial
+            other = failed
+            if other is None or other not in known:
+                other = min(known.keys() - {fitting}, key=lambda at: abs(at - fitting))
+            of_image = max((known[other] - known[fitting]) / (other - fitting), 1.0)
+            trial = fitting + int((found.memory.available - known[fitting]) / of_image)
+            trial = min(trial, 8 * fitting)  # far away, all may be different
+        trial = min(max(trial // multiple * multiple, fitting + multiple), end)
+        left = end - fitting
+        memory = _memory(attempt, config, trial)
+        if memory is not None and memory.counted:
             known[trial] = memory.total
+        if memory is not None and memory.fits:
+            fitting = trial
         else:
             failed = trial
+        narrowed = failed is None or failed - multiple - fitting <= left // 2
     return fitting
+
+
+def _memory(attempt: Attempt, config: ConfigDict, images: int) -> Memory | None:
+    """None where it cannot be compiled, as some kernel does not fit, say."""
+    try:
+        return attempt(config, images).memory
+    except CompilerError as error:
+        logging.warning("%s", error)
+        return None
 
 
 def changes_that_fit(
     config: ConfigDict, name: str, images: int, slices: Slices, attempt: Attempt, parts: Parts
-) -> tuple[str, Compiled] | None:
+) -> tuple[str, Memory] | None:
     """The first change of a config, from the cheapest on, with which its program fits.
 
     Args:
@@ -69,12 +89,12 @@ def changes_that_fit(
       parts: chips with images of their own, by a config.
 
     Returns:
-      (the change, as flags of the command; the program compiled with it), or None.
+      (the change, as flags of the command; the program's memory with it), or None.
     """
     for changed, batch, said in _changes(config, name, images, slices, parts):
-        found = attempt(changed, batch)
-        if found.memory.fits:
-            return said, found
+        memory = _memory(attempt, changed, batch)
+        if memory is not None and memory.fits:
+            return said, memory
     return None
 
 

@@ -57,7 +57,9 @@ def load(path: pathlib.Path, lowered: Any, devices: Sequence[jax.Device]) -> Any
     for key in wanted:
         found = origin.get(key) if isinstance(origin, dict) else None
         if found != wanted[key]:
-            other = "version of JAX" if key == "jax" else "config, mesh or number of devices"
+            other = "version of JAX"
+            if key == "program":
+                other = "config, mesh or number of devices, of tokens or of labels"
             raise UserError(
                 f"{path} was compiled from another {other} than this run's ({key} {found}, here "
                 f"{wanted[key]}); compile it anew with `plan --save`, or leave --compiled away"

@@ -1,8 +1,14 @@
 """Collectives: who takes part in each way of printing it, and how long the links take."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from latent_diffusion_jax.planning.links import Collective, Slices, first_group
+from latent_diffusion_jax.planning import hlo
+from latent_diffusion_jax.planning.links import Collective, Slices, find_collective, first_group
 from latent_diffusion_jax.runtime.chips import CHIPS
 
 V5E, V5P = CHIPS["TPU v5 lite"], CHIPS["TPU v5"]
@@ -20,11 +26,42 @@ V5E, V5P = CHIPS["TPU v5 lite"], CHIPS["TPU v5"]
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}, use", (0, 4)),
         ("replica_groups=mesh['a'=8] {'a':(1)2}", (0, 4)),
         ("replica_groups=mesh['a'=8] {'a':(2)4}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=4], device_ids=([2,2,2]T(1,0,2)) {'a'}, use", (0, 2)),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}, use", (0, 1)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,2,2]T(0,2,1)) {'a'}", (0, 1, 4, 5)),
+        ("source_target_pairs={{1,0},{3,2},{0,5}}, metadata", (0, 5)),
         ("channel_id=3", (0, 1, 2, 3, 4, 5, 6, 7)),
+        ("channel_id=3, replica_groups={}", (0, 1, 2, 3, 4, 5, 6, 7)),
     ],
 )
 def test_groups(attributes, group):
     assert first_group(attributes, 8) == group
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    ["replica_groups=mesh['a'=2], device_ids=(0,1) {'a'}", "replica_groups=all_of_them, x"],
+)
+def test_groups_that_are_printed_otherwise_are_not_guessed(attributes):
+    with pytest.raises(ValueError, match="not understood"):
+        first_group(attributes, 8)
+
+
+@pytest.mark.parametrize("axes", [("fsdp",), ("data", "fsdp"), ("tensor",), ("data", "tensor")])
+def test_groups_are_those_that_xla_means(axes):
+    """An array is gathered over some axes of a mesh: the compiled program's group is known."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
+    x = jax.ShapeDtypeStruct((64, 8), jnp.float32, sharding=NamedSharding(mesh, P(axes)))
+    gather = jax.jit(lambda x: x * 2, out_shardings=NamedSharding(mesh, P()))
+    module = hlo.parse(gather.lower(x).compile().as_text())
+    (found,) = (
+        collective
+        for instruction in module.computations[module.entry].values()
+        if (collective := find_collective(instruction, 8, False)) is not None
+    )
+    ids = np.arange(8).reshape(2, 2, 2)
+    place = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
+    assert set(found.group) == set(ids[place].ravel().tolist())
 
 
 def test_a_whole_slice_uses_all_its_links_and_a_part_one_axis():
@@ -51,6 +88,8 @@ def test_between_slices_go_the_shares_of_chips_over_the_network():
     slices = Slices(V5E, (2, 2), count=2)
     across = Collective("all-reduce", 8_000_000, (0, 4), hidden=False)  # a chip of each slice
     assert across.seconds(slices) == pytest.approx(2 * 4e6 / V5E.host_bandwidth)
+    moved = Collective("collective-permute", 8_000_000, (0, 4), hidden=False)
+    assert moved.seconds(slices) == pytest.approx(8e6 / V5E.host_bandwidth)
     everyone = Collective("all-reduce", 8_000_000, tuple(range(8)), hidden=False)
     inside = 2 * 6e6 / slices.bandwidth(4)
     assert everyone.seconds(slices) == pytest.approx(inside + 2 * 1e6 / V5E.host_bandwidth)

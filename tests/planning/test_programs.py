@@ -79,6 +79,25 @@ def test_what_lies_in_memory_is_counted_by_kind(precomputed):
     assert ("moments" in made.arguments[1]) == precomputed
     # The decoder lies there for previews, whether or not the step reads it.
     assert made.resident["frozen"] > 1000
+    assert ("encoder" in state.frozen["autoencoder"]) != precomputed
+    if precomputed:  # as `encode` writes them
+        assert made.arguments[1]["moments"].dtype == np.float16
+
+
+@pytest.mark.parametrize(("sampler", "calls"), [("ddim", 4), ("plms", 5), ("heun", 7)])
+def test_all_calls_of_the_network_are_counted(sampler, calls):
+    from configs import txt2img
+
+    def flops(sampler, steps):
+        config = txt2img.get_config("smoke")
+        config.sample.sampler, config.sample.steps = sampler, steps
+        mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+        made = programs.make(config, "sample", mesh, 2, num_labels=0)
+        return made.model_flops(made.trace())
+
+    once, twice = flops("ddim", 1), flops("ddim", 2)
+    of_call = twice - once
+    np.testing.assert_allclose(flops(sampler, 4), once + (calls - 1) * of_call, rtol=1e-6)
 
 
 def test_the_model_is_counted_the_same_on_any_mesh_and_with_micro_batches():

@@ -13,6 +13,7 @@ from latent_diffusion_jax import build
 from latent_diffusion_jax.conditioning import tokenizers as captions
 from latent_diffusion_jax.conditions import Parts
 from latent_diffusion_jax.runtime import sharding
+from latent_diffusion_jax.training.state import jit_train_step
 from tests.lowering import precisions
 
 # What a program asks of the host, in XLA's text.
@@ -66,13 +67,8 @@ def test_a_step_works_in_the_states_memory(name):
     stage, frozen, batch = STAGES[name](small())
     mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 1}, jax.devices()[:2])
     state = shapes_of(stage, frozen)
-    shardings, everywhere = sharding.state_sharding(state, mesh), sharding.replicated(mesh)
-    step = jax.jit(
-        stage.train_step,
-        in_shardings=(shardings, sharding.batch_sharding(mesh), everywhere),
-        out_shardings=(shardings, everywhere),
-        donate_argnums=0,
-    )
+    shardings = sharding.state_sharding(state, mesh)
+    step = jit_train_step(stage, shardings, mesh)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # "Some donated buffers were not usable"
         compiled = step.lower(state, batch, jax.random.key(0)).compile()
