@@ -7,7 +7,7 @@ frozen, once, as `text_encoder/` and `tokenizer/` in diffusers' layout.
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -17,6 +17,7 @@ from latent_diffusion_jax import build
 from latent_diffusion_jax.conditioning import tokenizers
 from latent_diffusion_jax.conditioning.base import Conditioning
 from latent_diffusion_jax.conditioning.tokenizers import PromptTokenizer
+from latent_diffusion_jax.data.patience import RecordError
 from latent_diffusion_jax.data.sources import Source
 from latent_diffusion_jax.ldm import LatentDiffusion
 from latent_diffusion_jax.runtime import checkpoints
@@ -86,7 +87,7 @@ def make(
             return Parts(tokenizer)
         section = config.tokenizer
         count = min(len(source), section.num_examples)
-        texts = (caption for i in range(count) for caption in source.captions(i))
+        texts = captions_of(source, count)
         trained = tokenizers.train(texts, section.vocab_size, section.max_length)
         tokenizer = tokenizers.prompt_tokenizer(trained)
         logging.info("diffusion: tokenizer of %d tokens, from the captions", tokenizer.vocab_size)
@@ -103,6 +104,20 @@ def make(
     if config.conditioning == "clip":
         return open_clip(workdir if (workdir / TEXT_ENCODER).is_dir() else config.clip.path)
     return Parts()
+
+
+def captions_of(source: Source, count: int) -> Iterator[str]:
+    """Those of a source's first records, without the damaged ones, which are counted and told."""
+    damaged = 0
+    for index in range(count):
+        try:
+            yield from source.captions(index)
+        except RecordError as error:
+            damaged += 1
+            if damaged == 1:
+                logging.warning("cannot use the caption of %s: %s", error.name, error)
+    if damaged > 1:
+        logging.warning("cannot use %d captions of %d", damaged, count)
 
 
 def restore(config: ConfigDict, workdir: pathlib.Path, step: int | None = None) -> Parts:

@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 
 from latent_diffusion_jax import first_stages, loading, saving
 from latent_diffusion_jax.runtime import loggers
@@ -71,6 +71,12 @@ def _open(source: pathlib.Path, num_groups: int | None) -> tuple[autoencoders.Lo
         raise UserError(f"--num_groups is for CompVis files; the workdir {source} has its own")
     stage = first_stages.open_first_stage(source)
     assert stage.config is not None
+    if stage.scale_factor is None:
+        logging.warning(
+            "%s has no scale of its latents, which is measured at the end of a first stage's "
+            "training; what is written says 1, or nothing",
+            source,
+        )
     found = autoencoders.Loaded(stage.kind, stage.fields, stage.params, stage.scale_factor)
     return found, stage.config.data.image_size
 

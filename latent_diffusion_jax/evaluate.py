@@ -283,7 +283,7 @@ def what_to_measure(
         if not alone and name in FIRST_STAGE:
             raise UserError(
                 f"--{name} is for measuring a first stage alone; for that of this workdir, give "
-                f"--first_stage={path}"
+                f"--first_stage={of_model}"
             )
     if first_stage and not out and (has_both or not has_first):
         raise UserError(

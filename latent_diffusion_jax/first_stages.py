@@ -61,7 +61,8 @@ def complete_step(config: ConfigDict, workdir: pathlib.Path) -> int:
       UserError: there is none.
     """
     home, step = checkpoints.workdir_and_step(workdir, "first_stage")
-    if step is None or step < config.first_stage.num_steps:
+    named = workdir != home  # one checkpoint, that somebody has chosen
+    if step is None or (step < config.first_stage.num_steps and not named):
         directory = home / "first_stage" if workdir == home else workdir
         raise UserError(f"{directory} holds no complete first stage; train it first (stages)")
     return step

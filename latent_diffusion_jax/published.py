@@ -149,7 +149,8 @@ def load_file(
         name: tuple(value) if isinstance(value, list) else value
         for name, value in notes.settings.items()
     }
-    scheduler = schedulers.Loaded(single_files.noise_schedule(tensors), prediction_type, settings)
+    schedule = single_files.noise_schedule(tensors, where)
+    scheduler = schedulers.Loaded(schedule, prediction_type, settings)
     size = 256
     if isinstance(network, ClipTextEncoder):
         size = 768 if second and prediction_type == "v" else 512

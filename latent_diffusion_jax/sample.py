@@ -73,8 +73,8 @@ def write_folder(
 
 def define_flags() -> None:
     flags.DEFINE_string(
-        "workdir", None, "Folder that train wrote, folder of diffusers, or file of CompVis' "
-        "layout.", required=True,
+        "workdir", None, "Folder that train wrote, a checkpoint in it (WORKDIR/diffusion/STEP), "
+        "folder of diffusers, or file of CompVis' layout.", required=True,
     )  # fmt: skip
     flags.DEFINE_alias("model", "workdir")
     flags.DEFINE_enum("dtype", "float32", sorted(build.DTYPES), "Of the computation.")

@@ -1,12 +1,13 @@
 """A checkpoint of a workdir, `<workdir>/<stage>/<step>`, is a model or a first stage of its own."""
 
+import logging
 import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from latent_diffusion_jax import evaluate, first_stages, loading, pipelines
+from latent_diffusion_jax import convert, encode, evaluate, first_stages, loading, pipelines
 from latent_diffusion_jax.runtime import checkpoints, trees
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.train import train
@@ -54,6 +55,28 @@ def test_it_is_opened_by_its_path(workdir, tmp_path):
             evaluate.what_to_measure(*flags, None, [])
         path, out, alone = evaluate.what_to_measure(*flags, str(tmp_path), [])
         assert (str(path), out, alone) == (flags[0] or flags[1], tmp_path, flags[0] is None)
+
+
+@pytest.mark.parametrize("name", ["diffusion", "first_stage"])
+def test_a_folder_with_such_a_name_is_what_it_holds(trained_workdir, tmp_path, name):
+    """A workdir `<stage>/1`, another one that is not there yet, a folder of something else."""
+    home = tmp_path / name
+    shutil.copytree(trained_workdir, home / "1")
+    assert checkpoints.workdir_and_step(home / "1", "first_stage") == (home / "1", 4)
+    assert checkpoints.workdir_and_step(home / "1", "diffusion") == (home / "1", 4)
+    assert checkpoints.workdir_and_step(home / "2", name) == (home / "2", None)
+    (home / "3" / "vae").mkdir(parents=True)
+    assert checkpoints.workdir_and_step(home / "3", name) == (home / "3", None)
+
+
+def test_a_first_stage_without_a_scale_is_told_of(workdir, tmp_path, caplog):
+    """Which is measured at the end: one checkpoint of before can be used, and is warned of."""
+    path = workdir / "first_stage" / "2"
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        convert.convert([str(path)], "diffusers", str(tmp_path / "vae"))
+    assert [r for r in caplog.records if f"{path} has no scale of its latents" in r.getMessage()]
+    config, found, origin = encode.open_inputs(None, str(path))
+    assert found.scale_factor is None and origin == path and config.data.image_size == 32
 
 
 def test_what_is_frozen_is_not_written_again(workdir):

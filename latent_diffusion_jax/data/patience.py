@@ -11,6 +11,7 @@ from latent_diffusion_jax.runtime import stopping
 from latent_diffusion_jax.runtime.errors import DataError
 
 PAUSE = 1.0  # seconds between tries
+STOPPING_SECONDS = 5.0  # for which is tried where the process was asked to stop
 SAY_EVERY = 10.0  # seconds between warnings, of all threads together
 
 T = TypeVar("T")
@@ -44,25 +45,30 @@ class Patience:
         """What `read` gives.
 
         Raises:
-          DataError: nothing, in all that time or until the process was asked to stop.
+          DataError: nothing, in all that time; soon where the process was asked to stop.
         """
         start = time.monotonic()
+        stopping_since = None
         while True:
             try:
                 return read()
             except OSError as error:
-                stopped = stopping.ASKED.is_set()
-                waited = time.monotonic() - start
+                now = time.monotonic()
+                waited = now - start
+                if stopping.asked() and stopping_since is None:
+                    stopping_since = now
+                stopped = stopping_since is not None and now - stopping_since >= STOPPING_SECONDS
                 reason = f"{error.strerror or error}"
                 if error.filename:
                     reason = f"{error.filename}: {reason}"
                 if stopped or waited >= self._seconds:
                     raise DataError(
                         f"cannot read the data, tried for {waited:.0f} s "
-                        f"(data.retry_seconds={self._seconds:g}): {reason}"
+                        f"(data.retry_seconds={self._seconds:g}"
+                        f"{', and was asked to stop' if stopped else ''}): {reason}"
                     ) from error
                 self._say(reason, self._seconds - waited)
-            stopping.ASKED.wait(min(PAUSE, self._seconds))
+            _pause(min(PAUSE, self._seconds))
 
     def _say(self, reason: str, left: float) -> None:
         with self._lock:
@@ -76,3 +82,12 @@ class Patience:
 
     def __setstate__(self, seconds: float) -> None:
         self.__init__(seconds)  # type: ignore[misc]
+
+
+def _pause(seconds: float) -> None:
+    """Waits, not for long where the process was asked to stop meanwhile."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(min(0.1, seconds))
+        if stopping.asked():
+            return

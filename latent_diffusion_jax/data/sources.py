@@ -221,12 +221,7 @@ class TfdsSource:
         }
 
     def captions(self, index: int) -> list[str]:
-        if not self._caption_key:
-            return [""]
-        try:
-            return self._captions_of(self._record(index), index)
-        except RecordError as error:
-            raise UserError(f"cannot read {error.name}: {error}") from error
+        return self._captions_of(self._record(index), index) if self._caption_key else [""]
 
     def _record(self, index: int) -> dict[str, Any]:
         try:

@@ -30,7 +30,10 @@ class NoiseSchedule:
         if alphas.ndim != 1 or not 1 <= len(alphas) <= MAX_TIMESTEPS:
             raise ValueError(f"a noise schedule has 1 to {MAX_TIMESTEPS} timesteps")
         if not (np.all(np.diff(np.append(1.0, alphas)) < 0) and alphas[-1] >= 0):
-            raise ValueError("the betas of a noise schedule must be above 0 and at most 1")
+            raise ValueError(
+                "the betas of a noise schedule must be above 0 and at most 1, and so far from 0 "
+                "that alpha_bar falls at each step, and does not fall to 0 before the last"
+            )
 
     @property
     def num_timesteps(self) -> int:

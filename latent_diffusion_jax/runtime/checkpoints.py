@@ -120,7 +120,8 @@ def workdir_and_step(path: pathlib.Path, stage: str) -> tuple[pathlib.Path, int 
     """The workdir and the step that a path stands for.
 
     Args:
-      path: a workdir, or one checkpoint in it, `<workdir>/<stage>/<step>`.
+      path: a workdir, or one checkpoint in it, `<workdir>/<stage>/<step>`. A workdir with such a
+        name is a workdir.
       stage: whose checkpoint it would be.
 
     Returns:
@@ -129,16 +130,19 @@ def workdir_and_step(path: pathlib.Path, stage: str) -> tuple[pathlib.Path, int 
     Raises:
       UserError: there is no such checkpoint, and the workdir has others.
     """
-    if not (path.parent.name == stage and path.name.isdecimal()):
-        return path, latest_step(path / stage)
-    if latest_step(path.parent) is None:
+    last = latest_step(path / stage)
+    if last is not None or not (path.parent.name == stage and path.name.isdecimal()):
+        return path, last
+    if path.exists() and not (path / "state").is_dir():
         return path, None
-    with open_manager(path.parent) as manager:
-        steps = manager.all_steps()
-    if int(path.name) not in steps:
+    steps = []
+    if path.parent.is_dir():
+        with open_manager(path.parent) as manager:
+            steps = [s for s in manager.all_steps() if (path.parent / str(s) / "state").is_dir()]
+    if steps and int(path.name) not in steps:
         shown = ", ".join(map(str, sorted(steps)))
         raise UserError(f"there is no checkpoint {path}; {path.parent} has those of steps {shown}")
-    return path.parent.parent, int(path.name)
+    return (path.parent.parent, int(path.name)) if steps else (path, None)
 
 
 def save(manager: Any, step: int, state: Any, items: dict[str, Any]) -> None:

@@ -205,10 +205,10 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        stopping.ASKED.clear()
+        self._put_back()
         if self._end is not None:
             self._end.cancel()
-        self._put_back()
+        stopping.ask(False)
 
     def _put_back(self) -> None:
         for number, handler in self._previous.items():
@@ -219,7 +219,7 @@ class StopRequest:
 
     def _on_signal(self, number: int, _: object) -> None:
         self.exit_status = 128 + number
-        stopping.ASKED.set()
+        stopping.ask()
         self._put_back()
         if self._grace_seconds:
             self._end = threading.Timer(self._grace_seconds, self._give_up)
@@ -240,5 +240,6 @@ class StopRequest:
         )
         if distributed.num_processes() > 1:
             distributed.fail(message, StorageError.status)
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+            print(f"error: {message}", file=sys.stderr, flush=True)
         os._exit(StorageError.status)

@@ -269,13 +269,15 @@ def _exit(status: int) -> NoReturn:
     """Ends this process although its devices may wait for others', as ordinary exits would."""
     if process_index() == 0:
         time.sleep(2 * WATCH_SECONDS)  # whoever is still connected would abort
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     os._exit(status)
 
 
 def _say(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # whoever read it may be gone
+        print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def _client() -> Any:

@@ -1,5 +1,6 @@
 """Images on the host: decode, resize, crop, grids, PNG files. numpy uint8 [H, W, C] throughout."""
 
+import functools
 import io
 import math
 import pathlib
@@ -15,7 +16,7 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names for what image files giv
 MAX_ASPECT = 64  # of the long side to the short one: scaled by that, it would fill the memory
 MAX_FILE = 2**30  # bytes
 # Others of Pillow's run programs of other vendors, or are not for pictures like these.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 NPY_MAGIC = b"\x93NUMPY"  # first bytes of a .npy file
 
 
@@ -36,8 +37,7 @@ def decode(data: bytes | np.ndarray, channels: int = 3) -> Image.Image | np.ndar
     uint8 [H, W, channels], or [H, W] for one channel.
 
     Raises:
-      ValueError: the bytes are no whole image in a format that Pillow reads, or it is too large or
-        too long.
+      ValueError: the bytes are no whole image in one of `FORMATS`, or it is too large or too long.
       ChannelsError: an array has another shape or dtype, or image files have no such `channels`.
     """
     if isinstance(data, np.ndarray):
@@ -95,17 +95,24 @@ def read(path: str | pathlib.Path, channels: int = 3) -> Image.Image | np.ndarra
         raise UserError(f"cannot read image {path}: {error}") from error
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def _open(data: bytes) -> Image.Image:
     """Encoded bytes -> upright image in the file's own mode."""
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
         if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise ValueError(f"{image.width}x{image.height} pixels are too many")
         _check_aspect(image.width, image.height)
         image.load()
         return ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
-        raise ValueError("no image in a format that is known") from error
+        raise ValueError(f"no image in a format that is known ({', '.join(_formats())})") from error
     except MemoryError:
         raise
     except Exception as error:  # of any kind, by the format

@@ -1,5 +1,16 @@
-"""Whether this process was asked to stop, for those that wait for what may never come."""
+"""Whether this process was asked to stop, for those that wait for what may never come.
 
-import threading
+It is a plain flag, as handlers of signals must not take a lock that what they interrupt may hold.
+"""
 
-ASKED = threading.Event()  # set from a signal to the end of `commands.StopRequest`
+_asked = [False]
+
+
+def ask(asked: bool = True) -> None:
+    """Notes it; False from the end of `commands.StopRequest` on."""
+    _asked[0] = asked
+
+
+def asked() -> bool:
+    """Whether it was."""
+    return _asked[0]

@@ -269,14 +269,19 @@ def train_stage(
                 save(step, {})
         except DataError as error:
             # Of several processes the others do not know, and their devices wait for this one's.
-            if distributed.num_processes() == 1 and saved < step < num_steps:
+            alone = distributed.num_processes() == 1
+            if alone and saved < step < num_steps:
                 finish_steps()
                 read()
                 save(step, {})
+                saved = step
                 keeper.wait()
-            raise DataError(
-                f"{error}; the same command goes on from step {keeper.last()}"
-            ) from error
+            stopped_alone = alone and run.should_stop()
+            if not (stopped_alone and saved == step):
+                raise DataError(
+                    f"{error}; the same command goes on from step {keeper.last()}"
+                ) from error
+            logging.warning("%s: %s", name, error)
         if step == num_steps:
             save(step, at_end(state))
         keeper.wait()

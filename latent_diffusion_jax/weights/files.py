@@ -106,8 +106,10 @@ def _header(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str], int]:
         file.seek(8)
         try:
             header = json.loads(file.read(size), object_pairs_hook=_without_repeats)
+        except FormatError:
+            raise
         except (ValueError, RecursionError) as error:
-            raise error if isinstance(error, FormatError) else FormatError(unknown) from error
+            raise FormatError(unknown) from error
     texts = header.pop("__metadata__", {})
     if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
         raise FormatError("it is damaged: its __metadata__ is not of texts")

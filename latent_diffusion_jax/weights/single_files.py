@@ -38,11 +38,15 @@ def without_average(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: x for name, x in tensors.items() if not name.startswith(AVERAGE)}
 
 
-def noise_schedule(tensors: Mapping[str, np.ndarray]) -> NoiseSchedule:
-    """The schedule that the file holds, or Stable Diffusion's."""
+def noise_schedule(tensors: Mapping[str, np.ndarray], where: str) -> NoiseSchedule:
+    """The schedule that the file `where` holds, or Stable Diffusion's.
+
+    Raises:
+      UserError: what it holds is none.
+    """
     stored = tensors.get("betas")
     if stored is not None and stored.ndim == 1:
-        with as_user_error("betas in the file"):
+        with as_user_error(f"betas in {where}"):
             return NoiseSchedule(np.cumprod(1.0 - np.asarray(stored, np.float64)))
     return make_schedule("scaled_linear", 1000, 0.00085, 0.012)
 

@@ -94,17 +94,37 @@ def test_it_can_be_pickled():
     assert pickle.loads(pickle.dumps(Patience(3.0))).read(lambda: 7) == 7
 
 
-def test_who_is_asked_to_stop_does_not_wait(folder, monkeypatch):
-    monkeypatch.setattr(patience, "PAUSE", 600.0)
-    source = open_folder(folder, 600.0)
-    shutil.rmtree(folder)
-    timer = threading.Timer(0.3, stopping.ASKED.set)
+@pytest.fixture
+def asked_soon():
+    """The process is asked to stop in a moment."""
+    timer = threading.Timer(0.3, stopping.ask)
     timer.start()
+    yield
+    timer.join()
+    stopping.ask(False)
+
+
+def test_who_is_asked_to_stop_does_not_wait_for_long(folder, monkeypatch, asked_soon):
+    monkeypatch.setattr(patience, "PAUSE", 600.0)
+    monkeypatch.setattr(patience, "STOPPING_SECONDS", 1.0)
+    source = open_folder(folder, 1000.0)
+    shutil.rmtree(folder)
     start = time.monotonic()
+    with pytest.raises(DataError, match=r"tried for 1 s \(.*=1000, and was asked to stop\): .*one"):
+        source[3]
+    assert 1.0 <= time.monotonic() - start < 60
+
+
+def test_who_is_asked_to_stop_gives_a_moment_to_what_fails_once():
+    stopping.ask()
+    tries = iter([OSError(116, "Stale file handle"), OSError(5, "Input/output error"), None])
+
+    def read():
+        if error := next(tries):
+            raise error
+        return 7
+
     try:
-        with pytest.raises(DataError, match=r"cannot read the data, tried for 0 s"):
-            source[3]
+        assert Patience(60.0).read(read) == 7
     finally:
-        timer.join()
-        stopping.ASKED.clear()
-    assert 0.3 <= time.monotonic() - start < 60
+        stopping.ask(False)

@@ -225,10 +225,10 @@ def test_a_signal_is_taken_though_nothing_can_be_said(handlers, monkeypatch, err
     monkeypatch.setattr(sys, "stderr", Gone(error))
     with commands.StopRequest(grace_seconds=600.0) as should_stop:
         send(signal.SIGINT)
-        assert should_stop() and stopping.ASKED.is_set()
+        assert should_stop() and stopping.asked()
         send(signal.SIGINT)
         assert handlers == [signal.SIGINT]
-    assert not stopping.ASKED.is_set()
+    assert not stopping.asked()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -259,6 +259,13 @@ def test_a_save_takes_no_longer_than_the_grace(seconds, status):
     assert process.returncode == status, errors
     assert (output == "saved\n") == (status == 143)
     assert ("not saved within the 2 s" in errors) == (status == 74)
+
+
+def test_the_grace_ends_though_nobody_reads_what_is_said():
+    process = start("-c", GRACE, "60")
+    process.stderr.close()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 74
 
 
 def test_handlers_are_put_back_without_any_signal(handlers):

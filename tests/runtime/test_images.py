@@ -38,7 +38,7 @@ def decoded(data: bytes) -> np.ndarray:
 # Decoding.
 
 
-@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "WEBP"])
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000"])
 def test_rgb_is_unchanged(format):
     pixels = noise(5, 7)
     options = {"lossless": True} if format == "WEBP" else {}
