@@ -8,6 +8,7 @@ was. Overrides: --config.optimizer.learning_rate=1e-4; variants: --config=config
 Ctrl-C or SIGTERM finishes the step, saves, says how to go on and exits with 130 or 143.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -31,10 +32,17 @@ from latent_diffusion_jax.data.latents import LatentSource
 from latent_diffusion_jax.data.pipeline import Examples
 from latent_diffusion_jax.first_stages import FirstStage
 from latent_diffusion_jax.models.autoencoder import ENCODER
-from latent_diffusion_jax.runtime import checkpoints, distributed, loggers, sharding, trees
+from latent_diffusion_jax.runtime import (
+    checkpoints,
+    distributed,
+    locks,
+    loggers,
+    sharding,
+    trees,
+)
 from latent_diffusion_jax.runtime.commands import StopRequest, differences, run
 from latent_diffusion_jax.runtime.compilation import use_persistent_cache
-from latent_diffusion_jax.runtime.errors import UserError, as_user_error
+from latent_diffusion_jax.runtime.errors import StorageError, UserError, as_user_error
 from latent_diffusion_jax.runtime.memory import keep_freed_memory
 from latent_diffusion_jax.training import autoencoder_stage, diffusion_stage, loop
 from latent_diffusion_jax.training.keeper import Keeping
@@ -99,9 +107,11 @@ def train(
     check_workdir(as_json, workdir)
     sections = {"first_stage": config.get("first_stage"), "diffusion": config}
     last = {name: checkpoints.latest_step(workdir / name) or 0 for name in config.stages}
+    distributed.agreed({f"the last checkpoint of {name}": step for name, step in last.items()})
     unfinished = [name for name in config.stages if last[name] < sections[name].num_steps]
     for name in config.stages:
         if name not in unfinished:
+            checkpoints.check_whole(workdir / name, last[name])
             logging.info("%s: complete at step %d, nothing to do", name, last[name])
     if not unfinished:
         return True
@@ -136,45 +146,51 @@ def train(
             checkpoints.write_json(workdir / "config.json", as_json)
     except OSError as error:
         raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from error
-    if distributed.num_processes() > 1:
-        use_persistent_cache(workdir / "compiled")  # which all of them see
-    shared = loop.Run(
-        workdir=workdir,
-        mesh=mesh,
-        train_source=sources[unfinished[0]][0],
-        test_source=sources[unfinished[0]][1],
-        config=as_json,
-        should_stop=should_stop,
-        seed=config.seed,
-        num_threads=config.data.num_threads,
-        log_every=config.log_every,
-        eval_every=config.eval_every,
-        eval_examples=config.eval_examples,
-        checkpoint_every=config.checkpoint_every,
-        keeping=Keeping(config.keep_checkpoints, config.keep_every),
-        max_skipped_steps=config.max_skipped_steps,
-        profile=(config.profile.after, config.profile.steps),
-        compiled=compiled,
-    )
-    log_summary(shared, config, shapes)
-    if start is not None and "first_stage" not in unfinished:
-        adopt_first_stage(shared, config, start)
-    for name in unfinished:
-        if distributed.highest(should_stop()):
-            logging.info("stopped before the stage %s; the same command goes on from there", name)
-            return False
-        if name == "first_stage":
-            finished = train_first_stage(shared, config, stages[name], perceptual, start)
-        else:
-            assert parts is not None
-            train_source, test_source = sources[name]
-            shared = dataclasses.replace(shared, train_source=train_source, test_source=test_source)
-            finished = train_diffusion(shared, config, stages[name], parts, given)
-        if not finished:
-            return False
-    logging.info("done: checkpoints and config in %s, scalars in metrics.jsonl there,", workdir)
-    logging.info("scalars and pictures: tensorboard --logdir=%s/tensorboard", workdir)
-    return True
+    main_process = jax.process_index() == 0
+    with locks.alone_in(workdir) if main_process else contextlib.nullcontext():
+        if distributed.num_processes() > 1:
+            use_persistent_cache(workdir / "compiled")  # which all of them see
+        shared = loop.Run(
+            workdir=workdir,
+            mesh=mesh,
+            train_source=sources[unfinished[0]][0],
+            test_source=sources[unfinished[0]][1],
+            config=as_json,
+            should_stop=should_stop,
+            seed=config.seed,
+            num_threads=config.data.num_threads,
+            log_every=config.log_every,
+            eval_every=config.eval_every,
+            eval_examples=config.eval_examples,
+            checkpoint_every=config.checkpoint_every,
+            keeping=Keeping(config.keep_checkpoints, config.keep_every),
+            max_skipped_steps=config.max_skipped_steps,
+            profile=(config.profile.after, config.profile.steps),
+            compiled=compiled,
+        )
+        log_summary(shared, config, shapes)
+        if start is not None and "first_stage" not in unfinished:
+            adopt_first_stage(shared, config, start)
+        for name in unfinished:
+            if distributed.highest(should_stop()):
+                logging.info(
+                    "stopped before the stage %s; the same command goes on from there", name
+                )
+                return False
+            if name == "first_stage":
+                finished = train_first_stage(shared, config, stages[name], perceptual, start)
+            else:
+                assert parts is not None
+                train_source, test_source = sources[name]
+                shared = dataclasses.replace(
+                    shared, train_source=train_source, test_source=test_source
+                )
+                finished = train_diffusion(shared, config, stages[name], parts, given)
+            if not finished:
+                return False
+        logging.info("done: checkpoints and config in %s, scalars in metrics.jsonl there,", workdir)
+        logging.info("scalars and pictures: tensorboard --logdir=%s/tensorboard", workdir)
+        return True
 
 
 def check_batch_sizes(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
@@ -195,11 +211,15 @@ def check_workdir(config: dict[str, Any], workdir: pathlib.Path) -> None:
     if not path.exists():
         return
     try:
-        theirs = older_configs.upgraded(json.loads(path.read_text()))
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        theirs = older_configs.upgraded(json.loads(text))
         different = differences(theirs, config, FREE_KEYS)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if different:
         raise UserError(

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -259,10 +260,39 @@ def test_the_best_checkpoint_stays(smoke_config, tmp_path):
     assert train(smoke_config, tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     scores = {row["step"]: row["test/psnr"] for row in rows if "test/psnr" in row}
-    assert sorted(scores) == [1, 3, 4, 5, 6]
+    assert sorted(scores) == [1, 2, 3, 4, 5, 6]
     best = max(list(scores)[:-1], key=scores.get)
     steps = {int(p.name) for p in (tmp_path / "run" / "first_stage").iterdir() if p.is_dir()}
     assert steps == {best, 6}, scores
+
+
+def test_a_run_does_not_go_on_with_other_data(smoke_config, tmp_path):
+    """One image more, and the order of all of them would be another."""
+    from PIL import Image
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(20):
+        Image.new("RGB", (40, 36), (i * 10, 0, 0)).save(folder / f"{i:02}.png")
+    smoke_config.stages = ("first_stage",)
+    smoke_config.data.name, smoke_config.data.caption_key = str(folder), ""
+    smoke_config.data.holdout_share = 0.0
+    assert not train(smoke_config, tmp_path / "run", stop_after(3))
+    (folder / "19.png").rename(folder / "20.png")
+    with pytest.raises(UserError, match=r"data are not those .* began with \(identity: "):
+        train(smoke_config, tmp_path / "run")
+    Image.new("RGB", (40, 36)).save(folder / "19.png")
+    with pytest.raises(UserError, match=r"data are not .* \(records: 20 then, 21 now; identity: "):
+        train(smoke_config, tmp_path / "run")
+    (folder / "20.png").unlink()
+    assert train(smoke_config, tmp_path / "run")
+
+
+def test_a_stage_is_not_complete_by_the_name_of_a_folder(trained_workdir, smoke_config, tmp_path):
+    shutil.copytree(trained_workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "diffusion" / "4" / "state")
+    with pytest.raises(UserError, match=r"cannot restore checkpoint .*diffusion/4"):
+        train(smoke_config, tmp_path / "run")
 
 
 def test_the_diffusion_stage_needs_a_first_stage(smoke_config, tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.errors import StorageError, UserError
 
 PAD, START, END = "[PAD]", "[CLS]", "[SEP]"
 JSON_FILE = "tokenizer.json"
@@ -135,7 +135,7 @@ class PromptTokenizer:
         """Writes the tokenizer's files into a folder, which is made.
 
         Raises:
-          UserError: they cannot be written.
+          StorageError: they cannot be written.
         """
         folder = pathlib.Path(folder).expanduser()
         try:
@@ -143,7 +143,9 @@ class PromptTokenizer:
             for name, content in self.files.items():
                 (folder / name).write_bytes(content)
         except OSError as error:
-            raise UserError(f"cannot write the tokenizer to {folder}: {error.strerror}") from error
+            raise StorageError(
+                f"cannot write the tokenizer to {folder}: {error.strerror}"
+            ) from error
 
     @functools.cached_property
     def _unbounded(self) -> tokenizers.Tokenizer:

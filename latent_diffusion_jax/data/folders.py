@@ -1,21 +1,32 @@
 """A folder of images as a source: its splits, and captions in `metadata.jsonl` or `.txt` files."""
 
+import errno
 import hashlib
+import itertools
 import json
+import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import logging
 
+from latent_diffusion_jax.data import identity
 from latent_diffusion_jax.data.patience import RecordError
 from latent_diffusion_jax.runtime import images
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.files import check_ordinary
 from latent_diffusion_jax.runtime.texts import check_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TRAIN, TEST = "train", ("test", "validation", "valid", "val")  # subfolders that are splits
 CAPTION_COLUMNS = ("file_name", "text")
+MAX_CAPTION, MAX_TABLE = 2**20, 2**32  # bytes of a .txt file, and of a metadata.jsonl
+# What is the matter with one file. All else (EIO, ESTALE, EMFILE, ...) may be over soon.
+FILE_ERRORS = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM),
+    *(errno.ELOOP, errno.ENAMETOOLONG),
+)
 
 
 class FolderSource:
@@ -23,6 +34,9 @@ class FolderSource:
 
     Not `captioned`, all images are used and have the caption "". Their labels are then the
     subfolders that they lie in, where there are two or more and no image lies beside them.
+
+    Links are followed, as large data are often put together of links. What a table names must be
+    in the folder it is in, by its real path too: tables are others' texts.
     """
 
     def __init__(
@@ -44,6 +58,7 @@ class FolderSource:
                 f"data folder {folder} has no {'captioned ' * captioned}images for split "
                 f"{split!r}: expected {expected}"
             )
+        self._root, self._split = root, split
         self._template = template if captioned else "{}"
         self._paths = [path for path, _ in pairs]
         self._captions = [caption for _, caption in pairs]
@@ -55,16 +70,19 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._paths)
 
+    @property
+    def identity(self) -> str:
+        """Which images these are, in which order; see `sources.Source`."""
+        start = len(str(self._root / "x")) - 1  # `relative_to` is slow for a million
+        names = (str(path)[start:] for path in self._paths)
+        return identity.digest(itertools.chain([self._split], names))
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self._paths[index]
         try:
-            data = images.read_bytes(path)
+            data = _read_image(path)
         except ValueError as error:
             raise RecordError(str(path), str(error)) from error
-        except OSError as error:
-            if _has_files(path.parent):
-                raise RecordError(str(path), error.strerror or str(error)) from error
-            raise
         return {
             "image": data,
             "captions": self.captions(index),
@@ -74,6 +92,27 @@ class FolderSource:
 
     def captions(self, index: int) -> list[str]:
         return [self._template.format(caption) for caption in self._captions[index]]
+
+
+def _read_image(path: pathlib.Path) -> bytes:
+    """What an image file holds.
+
+    Raises:
+      OSError: the folder is not there, or something is the matter that may be over soon.
+      ValueError: there is something wrong with this file alone, and still at a second try: a mount
+        may be away at the first one and back when its folder is looked at.
+    """
+    try:
+        return images.read_bytes(path)
+    except OSError as error:
+        if error.errno not in FILE_ERRORS or not _has_files(path.parent):
+            raise
+    try:
+        return images.read_bytes(path)
+    except OSError as error:
+        if error.errno not in FILE_ERRORS:
+            raise
+        raise ValueError(error.strerror) from error
 
 
 def _has_files(folder: pathlib.Path) -> bool:
@@ -111,11 +150,14 @@ def _captions(folder: pathlib.Path, captioned: bool) -> list[tuple[pathlib.Path,
         text = path.with_suffix(".txt")
         if text.is_file():
             try:
+                check_ordinary(text, MAX_CAPTION)
                 pairs.append((path, [text.read_text("utf-8").strip()]))
             except UnicodeDecodeError as error:
                 raise UserError(f"caption file {text} is not UTF-8 text: {error}") from error
             except OSError as error:
                 raise UserError(f"cannot read caption file {text}: {error.strerror}") from error
+            except ValueError as error:
+                raise UserError(f"cannot read caption file {text}: {error}") from error
             check_text(pairs[-1][1][0], f"caption file {text}")
         else:
             without.append(path)
@@ -128,16 +170,27 @@ def _captions(folder: pathlib.Path, captioned: bool) -> list[tuple[pathlib.Path,
     return pairs
 
 
-def _read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
-    """Rows of a `metadata.jsonl`, checked."""
-    root, pairs = table.parent.resolve(), []
+def _is_inside(path: pathlib.Path, root: pathlib.Path) -> bool:
+    return pathlib.Path(os.path.realpath(path)).is_relative_to(root)
+
+
+def _lines(table: pathlib.Path) -> Iterator[str]:
     try:
-        lines = table.read_text("utf-8").split("\n")
+        check_ordinary(table, MAX_TABLE)
+        with table.open(encoding="utf-8") as file:
+            yield from file
     except UnicodeDecodeError as error:
         raise UserError(f"{table} is not UTF-8 text: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {table}: {error.strerror}") from error
-    for number, line in enumerate(lines, 1):
+    except ValueError as error:
+        raise UserError(f"cannot read {table}: {error}") from error
+
+
+def _read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
+    """Rows of a `metadata.jsonl`, checked."""
+    root, pairs = pathlib.Path(os.path.realpath(table.parent)), []
+    for number, line in enumerate(_lines(table), 1):
         if not line.strip():
             continue
         where = f"{table}, line {number}"
@@ -157,9 +210,11 @@ def _read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
             raise UserError(f"{where}: text must be a string or a list of strings")
         for text in texts:
             check_text(text, f"{where}: text")
-        path = table.parent / str(row["file_name"])
+        name = pathlib.Path(str(row["file_name"]))
+        path = table.parent / name
         try:
-            inside, exists = path.resolve().is_relative_to(root), path.is_file()
+            inside = not name.is_absolute() and ".." not in name.parts and _is_inside(path, root)
+            exists = path.is_file()
         except (OSError, ValueError):  # too long a name, or one with a zero byte
             inside, exists = True, False
         if not inside:

@@ -8,7 +8,7 @@ first is the centre, where there is one alone), each as it is and, with two flip
 """
 
 import contextlib
-import errno
+import copy
 import json
 import pathlib
 import struct
@@ -19,7 +19,9 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from latent_diffusion_jax.data import identity
 from latent_diffusion_jax.data.patience import Patience
+from latent_diffusion_jax.data.record_files import RecordFiles, first_line
 from latent_diffusion_jax.runtime.errors import StorageError, UserError
 
 INDEX_FILE = "latents.json"
@@ -86,7 +88,7 @@ class ShardWriter:
         try:
             yield
         except (OSError, RuntimeError) as error:  # the latter from the writer's own code
-            reason = getattr(error, "strerror", None) or _first_line(error)
+            reason = getattr(error, "strerror", None) or first_line(error)
             raise StorageError(f"cannot write latents {self._path}: {reason}") from error
 
 
@@ -104,7 +106,7 @@ def count_records(path: pathlib.Path) -> int:
             reader.close()
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"latents {path} are damaged ({_first_line(error)}); delete this file and encode again"
+            f"latents {path} are damaged ({first_line(error)}); delete this file and encode again"
         ) from error
 
 
@@ -121,7 +123,7 @@ def read_index(folder: pathlib.Path) -> dict[str, Any] | None:
         index = json.loads(path.read_text("utf-8"))
         version = index["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {_first_line(error)}") from error
+        raise UserError(f"{path} is damaged: {first_line(error)}") from error
     if version != FORMAT:
         raise UserError(f"{path} is of format {version}, this version reads {FORMAT}")
     return index
@@ -173,10 +175,11 @@ class LatentSource:
         for path, count in zip(paths, counts, strict=True):
             if (found := count_records(path)) != count:
                 raise UserError(f"latents {path} have {found} records, {count} were written")
-        self._files = [str(p) for p, count in zip(paths, counts, strict=True) if count]
-        if not self._files:
+        files = [str(p) for p, count in zip(paths, counts, strict=True) if count]
+        if not files:
             raise UserError(f"split {split!r} of the latents in {self._folder} is empty")
-        self._records = grain.sources.ArrayRecordDataSource(self._files)
+        records = grain.sources.ArrayRecordDataSource(files)
+        self._records = RecordFiles(records, copy.copy, files)  # a copy opens its own
         self._split = split
 
     def __len__(self) -> int:
@@ -188,17 +191,23 @@ class LatentSource:
     def _read(self, index: int) -> dict[str, Any]:
         try:
             return from_bytes(self._records[index], self._shape, self._dtype)
+        except OSError:
+            raise
         except Exception as error:  # of any kind
-            if not all(pathlib.Path(file).exists() for file in self._files):
-                reason = _first_line(error)
-                raise FileNotFoundError(errno.ENOENT, reason, str(self._folder)) from error
             raise UserError(
                 f"record {index} of the split {self._split!r} of the latents in {self._folder} is "
-                f"damaged ({_first_line(error)}); delete that folder and encode again"
+                f"damaged ({first_line(error)}); delete that folder and encode again"
             ) from error
 
     def captions(self, index: int) -> list[str]:
         return self[index]["captions"]
+
+    @property
+    def identity(self) -> str:
+        """Which records these are, in which order; see `sources.Source`."""
+        encoder = self.index.get("autoencoder", {}).get("fingerprint")
+        about = [encoder, self.index.get("data"), self.index["splits"][self._split]]
+        return identity.digest([self._split, json.dumps(about, sort_keys=True)])
 
     @property
     def records(self) -> "LatentSource":
@@ -239,7 +248,3 @@ def check_use(index: Mapping[str, Any], where: str, image_size: int, random_flip
             f"data.random_flip=True, but the latents in {where} are of no mirrored images; encode "
             "again with data.random_flip=True, or turn it off"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,6 +13,8 @@ from latent_diffusion_jax.runtime.errors import DataError
 PAUSE = 1.0  # seconds between tries
 STOPPING_SECONDS = 5.0  # for which is tried where the process was asked to stop
 SAY_EVERY = 10.0  # seconds between warnings, of all threads together
+# For warnings that the first process cannot give for the others, which read records of their own.
+OF_ANY_PROCESS = {"of_any_process": True}
 
 T = TypeVar("T")
 
@@ -75,7 +77,8 @@ class Patience:
             if time.monotonic() - self._said < SAY_EVERY:
                 return
             self._said = time.monotonic()
-        logging.warning("cannot read the data; trying for %.0f s more: %s", left, reason)
+        said = "cannot read the data; trying for %.0f s more: %s"
+        logging.warning(said, left, reason, extra=OF_ANY_PROCESS)
 
     def __getstate__(self) -> float:
         return self._seconds

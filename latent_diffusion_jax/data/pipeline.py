@@ -12,7 +12,7 @@ import grain
 import numpy as np
 from absl import logging
 
-from latent_diffusion_jax.data.patience import Patience, RecordError
+from latent_diffusion_jax.data.patience import OF_ANY_PROCESS, Patience, RecordError
 from latent_diffusion_jax.data.sources import Source
 from latent_diffusion_jax.runtime import images
 from latent_diffusion_jax.runtime.errors import UserError
@@ -27,6 +27,11 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @property
+    def identity(self) -> str:
+        """Of the source underneath, see there."""
+        ...
 
     @property
     def records(self) -> Source:
@@ -100,6 +105,11 @@ class DecodedSource:
         self.__dict__.update(state, _lock=threading.Lock())
 
     @property
+    def identity(self) -> str:
+        """Of the source underneath, see there."""
+        return self._source.identity
+
+    @property
     def records(self) -> Source:
         """The source underneath, with images left encoded."""
         return self._source
@@ -115,7 +125,9 @@ class DecodedSource:
                 return
             self._damaged[index] = name
             count = len(self._damaged)
-        logging.warning("cannot decode image %s: %s (%d so far)", name, reason, count)
+        logging.warning(
+            "cannot decode image %s: %s (%d so far)", name, reason, count, extra=OF_ANY_PROCESS
+        )
         if count > self._limit:
             raise UserError(
                 f"{count} of {len(self)} images cannot be decoded, the last is {name} ({reason}); "
@@ -195,6 +207,12 @@ def train_loader(
     chosen = grain.MapDataset.source(_Rows(dataset, batch_size, rows)).batch(len(rows))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads)
     return iter(chosen.to_iter_dataset(options))
+
+
+def records_of(samples: range, length: int, seed: int) -> list[int]:
+    """Which records of a source of that length `train_loader` makes the run's samples of."""
+    order = grain.MapDataset.range(length).seed(seed).shuffle().repeat()
+    return [int(order[sample]) for sample in samples]
 
 
 class _Rows:

@@ -6,7 +6,7 @@ it. A record has at least one caption, "" where the data has none for it.
 """
 
 import contextlib
-import errno
+import dataclasses
 import io
 import pathlib
 from collections.abc import Sequence
@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow_datasets as tfds
 
-from latent_diffusion_jax.data import digits, photos
+from latent_diffusion_jax.data import digits, identity, photos
 from latent_diffusion_jax.data.folders import FolderSource
 from latent_diffusion_jax.data.patience import RecordError
+from latent_diffusion_jax.data.record_files import RecordFiles, first_line
 from latent_diffusion_jax.runtime import distributed
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.texts import check_text
@@ -40,6 +41,11 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @property
+    def identity(self) -> str:
+        """Which records these are, in which order: the same on all processes; reads no record."""
+        ...
 
     def captions(self, index: int) -> list[str]:
         """A record's captions alone, without reading its image where that can be."""
@@ -189,14 +195,15 @@ class TfdsSource:
         encoded = isinstance(features[image_key], tfds.features.Image)
         decoders = {image_key: tfds.decode.SkipDecoding()} if encoded else None
         try:
-            self._records = builder.as_data_source(split=split, decoders=decoders)
+            records = builder.as_data_source(split=split, decoders=decoders)
         except (ValueError, KeyError, NotImplementedError) as error:
             raise UserError(
                 f"cannot read split {split!r} of dataset {name!r} (splits: "
                 f"{', '.join(builder.info.splits)}): {str(error).splitlines()[0]}"
             ) from error
-        self._folder = builder.data_path
-        self._files = [str(path) for path in builder.info.splits[split].filepaths]
+        files = [str(path) for path in builder.info.splits[split].filepaths]
+        self._records = RecordFiles(records, dataclasses.replace, files)
+        self._full_name, self._split = builder.info.full_name, split
         self._name, self._template = f"{name}/{split}", caption_template
         self._image_key, self._caption_key = image_key, caption_key
         labels = {
@@ -210,6 +217,10 @@ class TfdsSource:
 
     def __len__(self) -> int:
         return len(self._records)
+
+    @property
+    def identity(self) -> str:
+        return identity.digest([self._full_name, self._split, str(len(self))])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._record(index)
@@ -226,11 +237,10 @@ class TfdsSource:
     def _record(self, index: int) -> dict[str, Any]:
         try:
             return self._records[index]
+        except OSError:
+            raise
         except Exception as error:  # of any kind, by the format
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if all(pathlib.Path(file).exists() for file in self._files):
-                raise RecordError(f"{self._name}[{index}]", reason) from error
-            raise FileNotFoundError(errno.ENOENT, reason, str(self._folder)) from error
+            raise RecordError(f"{self._name}[{index}]", first_line(error)) from error
 
     def _captions_of(self, record: dict[str, Any], index: int) -> list[str]:
         if not self._caption_key:

@@ -8,6 +8,7 @@ which are compared when they are read.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import pathlib
@@ -220,7 +221,7 @@ def restore_state(manager: Any, step: int, shapes: Any) -> Any:
         if not found:
             return _checked(manager, step, _read(manager, step, shapes))
     except Exception as error:  # Orbax raises many kinds
-        raise UserError(_damaged(manager, step, error)) from error
+        raise _unread(manager, step, error) from error
     raise UserError(_misfit(manager, step, found))
 
 
@@ -276,8 +277,16 @@ def _checked(manager: Any, step: int, state: Any) -> Any:
 
 
 def _digests(manager: Any, step: int) -> Any:
-    """Those of a checkpoint; {} of one of a version that made none."""
-    if not (manager.directory / str(step) / DIGESTS).exists():
+    """Those of a checkpoint; {} of one of a version that made none.
+
+    Raises:
+      ValueError: it should have them.
+    """
+    folder = manager.directory / str(step)
+    if not (folder / DIGESTS).exists():
+        config = folder / "config" / "metadata"
+        if config.exists() and json.loads(config.read_text("utf-8")).get("version", 0) >= 1:
+            raise ValueError(f"it is damaged: its {DIGESTS} are not there")
         return {}
     args = ocp.args.Composite(**{DIGESTS: ocp.args.JsonRestore()})
     return manager.restore(step, args=args)[DIGESTS]
@@ -300,7 +309,7 @@ def restore_part(directory: pathlib.Path, step: int, shapes: dict[str, Any]) -> 
                 part = _checked(manager, step, _read(manager, step, stored, partial_restore=True))
                 return jax.tree.map(lambda x, like: x.astype(like.dtype), part, shapes)
         except Exception as error:
-            raise UserError(_damaged(manager, step, error)) from error
+            raise _unread(manager, step, error) from error
         raise UserError(_misfit(manager, step, found))
 
 
@@ -319,7 +328,7 @@ def read_json(directory: pathlib.Path, step: int, item: str) -> Any:
                 raise ValueError(f"its item {item} is damaged: not what was saved")
             return value
         except Exception as error:
-            raise UserError(_damaged(manager, step, error)) from error
+            raise _unread(manager, step, error) from error
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -341,6 +350,42 @@ def abstract(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
+
+
+def check_whole(directory: pathlib.Path, step: int) -> None:
+    """Raises UserError where a checkpoint is not all there; its numbers are not looked at."""
+    read_json(directory, step, "config")
+    with open_manager(directory) as manager:
+        try:
+            if not flatten_names(manager.item_metadata(step)["state"].tree):
+                raise ValueError("it has no arrays")
+        except Exception as error:
+            raise _unread(manager, step, error) from error
+
+
+# What systems say of disks and connections that may be there again later, and of this process.
+PASSING = (
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED,
+    errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES,
+    errno.EPERM,
+)  # fmt: skip
+
+
+def _unread(manager: Any, step: int, error: Exception) -> Exception:
+    """What to raise where a checkpoint could not be read for some reason."""
+    number = re.search(r"os_error_code='?(\d+)", str(error))
+    code = int(number[1]) if number else getattr(error, "errno", None)
+    if code in PASSING:
+        return StorageError(
+            f"cannot read checkpoint {manager.directory}/{step}: {_reason(error)}; it need not be "
+            "damaged, try again"
+        )
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return UserError(
+            f"there is not enough memory for checkpoint {manager.directory}/{step}: "
+            f"{_reason(error)}"
+        )
+    return UserError(_damaged(manager, step, error))
 
 
 def _damaged(manager: Any, step: int, error: Exception) -> str:

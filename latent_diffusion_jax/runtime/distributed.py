@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -27,6 +27,7 @@ from jax.sharding import Mesh, Sharding
 from jax.sharding import PartitionSpec as P
 
 from latent_diffusion_jax.runtime.clusters import Cluster
+from latent_diffusion_jax.runtime.errors import StorageError
 
 CONNECT_SECONDS = 300.0  # that processes wait for each other at the start
 HEARTBEAT_SECONDS = 60  # without a sign of life after which JAX ends all processes
@@ -212,7 +213,7 @@ def _watch() -> None:
     client, me = _client(), process_index()
     others = range(1, num_processes())
     heard = {f"{ALIVE}{i}": ("", time.monotonic()) for i in others}  # last signs and their times
-    next_sign = 0.0
+    next_sign, failures = 0.0, 0
     for count in itertools.count():
         if _done.wait(WATCH_SECONDS):
             return
@@ -223,8 +224,12 @@ def _watch() -> None:
                 if me == 0:
                     _listen(dict(client.key_value_dir_get(ALIVE)), heard)
             failed = client.key_value_dir_get(FAILED)
-        except RuntimeError:  # the connection is gone, of which JAX makes an end
-            return
+            failures = 0
+        except RuntimeError:  # if the connection is gone for good, JAX makes an end of it
+            failures += 1
+            if failures > SILENT_SECONDS / WATCH_SECONDS:
+                return
+            continue
         if not failed:
             continue
         if not _leaving.acquire(blocking=False):  # this process is ending already
@@ -319,27 +324,45 @@ def gather(values: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(values))
 
 
+def agreed(values: Mapping[str, int]) -> None:
+    """Checks that all processes have found the same.
+
+    Args:
+      values: by what they are, such as steps of checkpoints.
+
+    Raises:
+      StorageError: they have not: they see different files, or one sees them late.
+    """
+    found = gather(np.array(list(values.values()), np.int64))
+    for name, of_all in zip(values, found.T, strict=True):
+        if len(set(of_all.tolist())) > 1:
+            raise StorageError(
+                f"the processes do not see the same files: {name} is "
+                f"{', '.join(f'{value} in process {i}' for i, value in enumerate(of_all))}; the "
+                "workdir must be one folder that all of them see; try again, if that is so"
+            )
+
+
 def highest(value: int) -> int:
     """The highest of the processes' values."""
     return value if num_processes() == 1 else int(np.max(gather(np.array(value))))
 
 
-def agree_to_stop(what: str, wanted: bool, step: int, notice: int) -> bool:
+def agree_to_stop(what: str, wanted: bool, step: int) -> bool:
     """Whether all processes stop `what` after this step; nobody waits for an answer.
 
-    A process that wants to names a later step. So that all see it in time, each asks every `notice`
-    steps, at least two, and has the results of the step before then, which need all processes.
+    A process that wants to names the step after the next one. All see it in time: they ask after
+    each step, and have the results of the step before then, which need all processes.
 
     Args:
       what: is stopped, once.
       wanted: by this process.
       step: that was started last.
-      notice: steps until the one that is named.
     """
     client, folder = _client(), f"latent_diffusion_jax/stop/{what}/"
     if wanted:
         with contextlib.suppress(RuntimeError):  # somebody has named one
-            client.key_value_set(f"{folder}step", str(step + notice))
+            client.key_value_set(f"{folder}step", str(step + 2))
     return any(step >= int(value) for _, value in client.key_value_dir_get(folder))
 
 

@@ -4,17 +4,19 @@ import functools
 import io
 import math
 import pathlib
-import stat
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from latent_diffusion_jax.runtime import files
 from latent_diffusion_jax.runtime.errors import StorageError, UserError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names for what image files give, by channels
 MAX_ASPECT = 64  # of the long side to the short one: scaled by that, it would fill the memory
 MAX_FILE = 2**30  # bytes
+MAX_PIXELS = 2**26  # 8192x8192; a file of some KiB can hold far more than the memory
+STRIP = 2**20  # pixels that are converted together
 # Others of Pillow's run programs of other vendors, or are not for pictures like these.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 NPY_MAGIC = b"\x93NUMPY"  # first bytes of a .npy file
@@ -44,6 +46,7 @@ def decode(data: bytes | np.ndarray, channels: int = 3) -> Image.Image | np.ndar
         return _checked_array(data, channels)
     if data.startswith(NPY_MAGIC):
         try:
+            _check_npy_header(data)
             array = np.load(io.BytesIO(data), allow_pickle=False)
         except Exception as error:  # a damaged header fails in any way that Python's parser can
             raise ValueError(str(error) or type(error).__name__) from error
@@ -55,8 +58,7 @@ def decode(data: bytes | np.ndarray, channels: int = 3) -> Image.Image | np.ndar
             "can give 1, 3 or 4; others come as arrays: from a TFDS feature Tensor or .npy files"
         )
     if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips at 255
-        levels = np.clip(np.asarray(image, np.int64), 0, 65535) / 257.0
-        image = Image.fromarray(np.round(levels).astype(np.uint8))
+        image = _eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         if channels != 4:
@@ -65,20 +67,13 @@ def decode(data: bytes | np.ndarray, channels: int = 3) -> Image.Image | np.ndar
 
 
 def read_bytes(path: pathlib.Path) -> bytes:
-    """What a file holds.
+    """What an image file holds.
 
     Raises:
-      OSError: it is not there, or cannot be read.
+      OSError: it is not there, is a folder, or cannot be read.
       ValueError: it is a pipe, a device, or larger than any picture.
     """
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError("it is no ordinary file")
-    if found.st_size > MAX_FILE:
-        raise ValueError(
-            f"its {found.st_size >> 20} MiB are more than the {MAX_FILE >> 20} allowed"
-        )
-    return path.read_bytes()
+    return files.read_bytes(path, MAX_FILE)
 
 
 def read(path: str | pathlib.Path, channels: int = 3) -> Image.Image | np.ndarray:
@@ -106,11 +101,10 @@ def _open(data: bytes) -> Image.Image:
     """Encoded bytes -> upright image in the file's own mode."""
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
-        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise ValueError(f"{image.width}x{image.height} pixels are too many")
-        _check_aspect(image.width, image.height)
+        _check_size(image.width, image.height)
         image.load()
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
     except UnidentifiedImageError as error:
         raise ValueError(f"no image in a format that is known ({', '.join(_formats())})") from error
     except MemoryError:
@@ -127,8 +121,42 @@ def _checked_array(array: np.ndarray, channels: int) -> np.ndarray:
         raise ChannelsError(f"wanted uint8 [H, W, {channels}], found an array {found}")
     if not array.size:
         raise ValueError("an array without pixels")
-    _check_aspect(array.shape[1], array.shape[0])
+    _check_size(array.shape[1], array.shape[0])
     return array
+
+
+def _check_npy_header(data: bytes) -> None:
+    """Raises ValueError where a .npy file claims too many pixels, or more than it holds."""
+    file = io.BytesIO(data)
+    if np.lib.format.read_magic(file) == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    else:  # the other versions are for longer headers, of records with many fields
+        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    if len(shape) > 1:
+        _check_pixels(shape[1], shape[0])
+    if math.prod(shape) * dtype.itemsize > len(data):
+        raise ValueError(f"it is cut short: {dtype} {list(shape)} is more than it holds")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey levels to the nearest of 8 bits, in strips: a whole picture would take 1 GiB."""
+    found = np.empty((image.height, image.width), np.uint8)
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        levels = np.clip(np.asarray(strip, np.int32), 0, 65535)
+        found[top : top + rows] = (levels + 128) // 257
+    return Image.fromarray(found)
+
+
+def _check_size(width: int, height: int) -> None:
+    _check_pixels(width, height)
+    _check_aspect(width, height)
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels are more than the {MAX_PIXELS} allowed")
 
 
 def _check_aspect(width: int, height: int) -> None:

@@ -18,6 +18,9 @@ from latent_diffusion_jax.runtime import distributed
 from latent_diffusion_jax.runtime.errors import StorageError
 from latent_diffusion_jax.runtime.texts import escaped
 
+# Figures that may wait for TensorBoard's thread; who adds one more waits, for ever if it has ended.
+BOARD_QUEUE = 10_000
+
 PACKAGE = str(pathlib.Path(__file__).parent.parent)
 
 
@@ -52,13 +55,16 @@ class _CurrentStderr:
 def set_up_logging() -> None:
     """Shows this package's log lines and other packages' warnings, without their chatter.
 
-    Of several processes the first one speaks; of the others errors are shown. What Orbax has to say
-    of saves that fail is shown with --verbose alone: it raises it too.
+    Of several processes the first one speaks; of the others errors are shown, and what the first
+    one cannot know, such as damaged images: records with an attribute `of_any_process`. What Orbax
+    has to say of saves that fail is shown with --verbose alone: it raises it too.
     """
     orbax = str(pathlib.Path(orbax_checkpoint.__file__).parent)
     verbose = "--verbose" in sys.argv[1:]
 
     def is_shown(record: python_logging.LogRecord) -> bool:
+        if distributed.process_index() and record.levelno < python_logging.ERROR:
+            return getattr(record, "of_any_process", False)
         if record.pathname.startswith(PACKAGE):
             return True
         return record.levelno > python_logging.INFO and (
@@ -69,7 +75,7 @@ def set_up_logging() -> None:
     handler.addFilter(is_shown)
     handler.setFormatter(_Formatter())
     handler.python_handler.setStream(_CurrentStderr())
-    logging.set_verbosity(logging.INFO if distributed.process_index() == 0 else logging.ERROR)
+    logging.set_verbosity(logging.INFO if distributed.process_index() == 0 else logging.WARNING)
 
 
 class RunWriter:
@@ -92,7 +98,10 @@ class RunWriter:
             _drop_rows(self._path, stage, start_step)
             self._jsonl = self._path.open("a", encoding="utf-8")
             self._board = SummaryWriter(
-                str(workdir / "tensorboard" / stage), purge_step=start_step + 1, flush_secs=10
+                str(workdir / "tensorboard" / stage),
+                max_queue=BOARD_QUEUE,
+                purge_step=start_step + 1,
+                flush_secs=10,
             )
 
     def scalars(self, step: int, values: Mapping[str, float], prefix: str) -> None:
@@ -104,9 +113,23 @@ class RunWriter:
         with self._writing():
             self._jsonl.write(json.dumps(row) + "\n")
             self._jsonl.flush()
-            self._check_board()
             for name, value in named.items():
+                self._check_board()
                 self._board.add_scalar(name, value, step)
+
+    def has(self, step: int, prefix: str) -> bool:
+        """Whether the stage's figures of a step are written already, by this run or before it."""
+        if not self._enabled:
+            return False
+        with self._writing():
+            text = self._path.read_text("utf-8", "replace")
+        rows = map(json.loads, text.splitlines())
+        return any(
+            row["stage"] == self._stage
+            and row["step"] == step
+            and any(name.startswith(f"{prefix}/") for name in row)
+            for row in rows
+        )
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes uint8 [H, W, 3]."""

@@ -53,11 +53,12 @@ class Keeper:
         self._folder, self._manager, self._keeping, self._kept = folder, manager, keeping, kept
         self._writing = False
 
-    def restore(self, shapes: Any, shardings: Any) -> tuple[State, Any]:
-        """The last one's state and the data's position."""
-        wanted = checkpoints.abstract(shapes, shardings)
-        state = checkpoints.restore_state(self._manager, self.last(), wanted)
-        return state, checkpoints.read_json(self._folder, self.last(), "data")
+    def restore(self, shapes: Any, shardings: Any) -> tuple[State, Any, dict[str, Any]]:
+        """The last one's state, the data's position and what else is noted of it."""
+        wanted, last = checkpoints.abstract(shapes, shardings), self.last()
+        state = checkpoints.restore_state(self._manager, last, wanted)
+        position, info = (checkpoints.read_json(self._folder, last, k) for k in ("data", "info"))
+        return state, position, info
 
     def save(self, step: int, state: State, items: Mapping[str, Any]) -> None:
         """Starts to save a state, but for what is frozen, and JSON items beside it."""
@@ -78,6 +79,10 @@ class Keeper:
     def last(self) -> int:
         """Step of the last checkpoint that is whole by now; 0 where there is none."""
         return int(self._manager.latest_step() or 0)
+
+    def has_score(self, step: int) -> bool:
+        """Whether it is noted what a checkpoint is worth."""
+        return step in self._kept.scores
 
     def evaluated(self, step: int, figures: Mapping[str, float]) -> None:
         """Notes what a checkpoint's weights are worth; one that is not finite is never the best."""

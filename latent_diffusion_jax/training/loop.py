@@ -15,6 +15,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from latent_diffusion_jax.data import pipeline
+from latent_diffusion_jax.data.latents import LatentSource
 from latent_diffusion_jax.runtime import (
     distributed,
     images,
@@ -23,7 +24,7 @@ from latent_diffusion_jax.runtime import (
     sharding,
 )
 from latent_diffusion_jax.runtime.compilation import compiler_options, offload_options
-from latent_diffusion_jax.runtime.errors import DataError
+from latent_diffusion_jax.runtime.errors import DataError, UserError
 from latent_diffusion_jax.runtime.flops import traced_flops
 from latent_diffusion_jax.training.alarms import Alarms
 from latent_diffusion_jax.training.keeper import Keeping, open_keeper
@@ -32,7 +33,6 @@ from latent_diffusion_jax.training.speed import Profile, Speed
 from latent_diffusion_jax.training.state import Stage, State, jit_train_step
 
 PREVIEW_IMAGES, PREVIEW_COLUMNS = 32, 8
-AGREE_EVERY = 4  # steps between looks whether another process wants to stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +137,11 @@ def train_stage(
         keeping = dataclasses.replace(run.keeping, best=keep_best)
         keeper = stack.enter_context(open_keeper(run.workdir / name, keeping))
         start_step = keeper.last()
+        distributed.agreed({f"the last checkpoint of {name}": start_step})
+        info: dict[str, Any] = {}
         if start_step:
-            state, position = keeper.restore(shapes, shardings)
+            state, position, info = keeper.restore(shapes, shardings)
+            check_same_data(info.get("source", {}), run.train_source, run.workdir / name)
             loader.set_state(position)
             logging.info("%s: goes on from step %d", name, start_step)
         else:
@@ -182,12 +185,15 @@ def train_stage(
             keeper.evaluated(step, figures)
             shown = ", ".join(f"{metric} {value:.4g}" for metric, value in figures.items())
             logging.info("%s: step %d, held out: %s", name, step, shown)
+            if distributed.highest(run.should_stop()):  # pictures may take long
+                return True
             pictures = images.to_uint8(np.asarray(preview(state, first, preview_key)))
             grid = images.grid(pictures[:PREVIEW_IMAGES], PREVIEW_COLUMNS)
             writer.image(step, "preview", grid)
             return True
 
         def save(step: int, info: dict[str, Any]) -> None:
+            info = {"source": described(run.train_source), "skipped_since": skipped.since} | info
             items = {"data": ahead.position, "config": run.config, "info": info, **kept}
             keeper.save(step, state, items)
 
@@ -208,7 +214,12 @@ def train_stage(
         profile = Profile(run.workdir / "profile" / name, run.profile, start_step)
         stack.callback(profile.close)
         step, stopped = start_step, False
-        skipped = SkippedSteps(name, batch_size, run.max_skipped_steps)
+        length, seed = len(run.train_source), run.seed
+        skipped = SkippedSteps(
+            *(name, batch_size, run.max_skipped_steps),
+            lambda samples: pipeline.records_of(samples, length, seed),
+            info.get("skipped_since"),
+        )
         alarms = Alarms(name)
         unread: list[tuple[int, dict[str, jax.Array]]] = []  # figures of the last steps
 
@@ -238,8 +249,13 @@ def train_stage(
             while len(running) > but:
                 finish(*running.pop(0))
 
-        speed.restart(step)
         saved = start_step
+        if 0 < step < num_steps and step % run.eval_every == 0:
+            # A run that was ended between a checkpoint and its evaluation does it now.
+            known = keeper.has_score(step) if keep_best else writer.has(step, "test")
+            if distributed.highest(is_main and not known):
+                stopped = not evaluate(step)
+        speed.restart(step)
         try:
             while step < num_steps and not stopped:
                 with profile.step(step, running[-1] if running else None):
@@ -342,6 +358,35 @@ def agree_to_stop(should_stop: Callable[[], bool], name: str, step: int) -> bool
     """Whether to stop stage `name` after this step; all processes stop after the same one."""
     if distributed.num_processes() == 1:
         return should_stop()
-    if step % AGREE_EVERY:
-        return False
-    return distributed.agree_to_stop(name, should_stop(), step, AGREE_EVERY)
+    return distributed.agree_to_stop(name, should_stop(), step)
+
+
+def described(source: pipeline.Examples) -> dict[str, Any]:
+    """What of a source the order of a run's samples depends on, as JSON values."""
+    kind = "latents" if isinstance(source, LatentSource) else "images"
+    return {"kind": kind, "records": len(source), "identity": source.identity}
+
+
+def check_same_data(theirs: Mapping[str, Any], source: pipeline.Examples, folder: Any) -> None:
+    """Raises UserError where a run would go on with other data than it began with.
+
+    The order of samples goes by the number of records: others would come twice, or not at all.
+    Images and the latents made of them have the same order, and identities of their own.
+
+    Args:
+      theirs: what `described` gave when the checkpoint was written; nothing in old ones.
+      source: the data now.
+      folder: of the checkpoints.
+    """
+    ours = described(source)
+    compared = ["records", *(["identity"] if theirs.get("kind") == ours["kind"] else [])]
+    different = [
+        f"{key}: {theirs[key]} then, {ours[key]} now"
+        for key in compared
+        if key in theirs and theirs[key] != ours[key]
+    ]
+    if different:
+        raise UserError(
+            f"the data are not those that the run in {folder} began with ({'; '.join(different)}): "
+            "give it those, or begin another run with these (--workdir, init_from)"
+        )

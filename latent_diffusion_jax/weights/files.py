@@ -13,7 +13,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.errors import StorageError, UserError
+from latent_diffusion_jax.runtime.files import check_ordinary
 from latent_diffusion_jax.weights import torch_files
 from latent_diffusion_jax.weights.torch_files import FormatError
 
@@ -60,6 +61,7 @@ def read(
     """
     path = pathlib.Path(path).expanduser()
     try:
+        _check_file(path)
         with path.open("rb") as file:
             head = file.read(16)
         if not head:
@@ -78,6 +80,13 @@ def read(
             f"cannot read {what} {path}: it is damaged or cut short ({reason})"
         ) from error
     return tensors
+
+
+def _check_file(path: pathlib.Path) -> None:
+    try:
+        check_ordinary(path)
+    except ValueError as error:
+        raise FormatError(str(error)) from error
 
 
 def release(tensor: np.ndarray) -> None:
@@ -165,6 +174,7 @@ def read_metadata(path: str | pathlib.Path) -> dict[str, str]:
     """
     path = pathlib.Path(path).expanduser()
     try:
+        _check_file(path)
         with path.open("rb") as file:
             if torch_files.is_torch(file.read(16)):
                 return {}
@@ -183,7 +193,7 @@ def write(
     """Writes a safetensors file, all of it or nothing; makes the folder that it is in.
 
     Raises:
-      UserError: the file cannot be written.
+      StorageError: the file cannot be written.
     """
     path = pathlib.Path(path).expanduser()
     partial = path.with_name(path.name + ".partial")
@@ -196,4 +206,4 @@ def write(
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(f"cannot write weights {path}: {reason}") from error
+        raise StorageError(f"cannot write weights {path}: {reason}") from error

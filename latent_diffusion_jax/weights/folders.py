@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.files import check_ordinary
 from latent_diffusion_jax.weights import files
 
 CONFIG_FILE = "config.json"
@@ -124,6 +125,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       UserError: it is missing or damaged.
     """
     try:
+        check_ordinary(path)
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error

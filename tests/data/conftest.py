@@ -1,6 +1,7 @@
 """Data that the tests of this folder share."""
 
 import io
+import os
 import pathlib
 
 import numpy as np
@@ -29,6 +30,23 @@ def photos_dir(tmp_path_factory) -> pathlib.Path:
     tfds.disable_progress_bar()
     photos.BundledPhotos(data_dir=str(data_dir), file_format="array_record").download_and_prepare()
     return data_dir
+
+
+@pytest.fixture
+def kill_handles():
+    """Folder -> what the process has open in it is dead, as after a mount was away."""
+
+    def kill(folder: pathlib.Path) -> int:
+        links = pathlib.Path("/proc/self/fd")
+        found = [path for path in links.iterdir() if path.is_symlink()]
+        found = [path for path in found if os.readlink(path).startswith(str(folder))]
+        dead = os.open("/dev/null", os.O_WRONLY)  # of which reading fails
+        for path in found:
+            os.dup2(dead, int(path.name))
+        os.close(dead)
+        return len(found)
+
+    return kill
 
 
 @pytest.fixture

@@ -1,17 +1,20 @@
 """Folders of images as sources: captions, splits, and what is said about broken ones."""
 
+import errno
 import io
 import json
 import os
 import pathlib
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
 from absl import logging
 from PIL import Image
 
+from latent_diffusion_jax.data import folders
 from latent_diffusion_jax.data.patience import RecordError
 from latent_diffusion_jax.data.sources import open_source
 from latent_diffusion_jax.runtime import images
@@ -198,6 +201,7 @@ GOOD_ROW = '{"file_name": "a.png", "text": "one"}\n'
         pytest.param('{"file_name": "b.png", "text": "x"}', ["'b.png'", "exist"], id="missing"),
         pytest.param('{"file_name": "../b.png", "text": "x"}', ["'../b.png'"], id="out of it"),
         pytest.param('{"file_name": "/b.png", "text": "x"}', ["'/b.png'"], id="absolute"),
+        pytest.param('{"file_name": "x/../a.png", "text": "x"}', ["leads out"], id="out and in"),
     ],
 )
 def test_bad_row_is_named_by_file_and_line(make_folder, png, line, said):
@@ -212,6 +216,49 @@ def test_link_out_of_the_folder(make_folder, tmp_path, png):
     folder = make_folder({"metadata.jsonl": GOOD_ROW})
     (folder / "a.png").symlink_to(tmp_path / "secret.png")
     with raises_user_error(f"{folder / 'metadata.jsonl'}, line 1", "'a.png'"):
+        open_source(str(folder), "train")
+
+
+def test_what_nobody_names_may_be_a_link(make_folder, tmp_path, png):
+    """A folder put together of links: only tables, which are others' texts, cannot lead out."""
+    elsewhere = make_folder({"a.png": png(3), "a.txt": "one"})
+    folder = tmp_path / "links"
+    folder.mkdir()
+    for name in ("a.png", "a.txt"):
+        (folder / name).symlink_to(elsewhere / name)
+    for key, captions in ({}, ["one"]), ({"caption_key": ""}, [""]):
+        (record,) = open_source(str(folder), "test", **key)
+        assert record["captions"] == captions and record["image"] == png(3)
+
+
+def test_links_within_the_folder_and_to_whole_folders_are_followed(make_folder, tmp_path, png):
+    folder = make_folder({"big/a.png": png(7), "big/a.txt": "one", "b.png": None, "b.txt": "two"})
+    (folder / "c.png").symlink_to("big/a.png")
+    (folder / "c.txt").symlink_to(folder / "big" / "a.txt")
+    assert all_captions(folder) == {"big/a.png": ["one"], "c.png": ["one"], "b.png": ["two"]}
+    (tmp_path / "other").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "other" / split).symlink_to(folder / "big")
+    assert captions(tmp_path / "other", "train") == {"train/a.png": ["one"]}
+    (folder / "d.png").symlink_to("d.png")  # a ring
+    (folder / "metadata.jsonl").write_text(table({"file_name": "d.png", "text": "one"}))
+    with raises_user_error("'d.png' does not exist"):
+        open_source(str(folder), "train")
+
+
+def test_captions_that_are_no_files_or_too_large_are_refused(make_folder, monkeypatch):
+    folder = make_folder({"a.png": None})
+    os.mkfifo(folder / "metadata.jsonl")  # of which reading would wait for ever
+    with raises_user_error(f"cannot read {folder / 'metadata.jsonl'}: it is no ordinary file"):
+        open_source(str(folder), "train")
+    (folder / "metadata.jsonl").unlink()
+    with (folder / "metadata.jsonl").open("wb") as file:
+        file.truncate(2**40)
+    with raises_user_error("metadata.jsonl: its 1048576 MiB are more than the 4096 allowed"):
+        open_source(str(folder), "train")
+    (folder / "metadata.jsonl").unlink()
+    (folder / "a.txt").write_bytes(b"a" * (2**20 + 1))
+    with raises_user_error(f"{folder / 'a.txt'}: its 2 MiB are more than the 1 allowed"):
         open_source(str(folder), "train")
 
 
@@ -242,6 +289,46 @@ def test_an_image_that_vanishes_is_a_damaged_record(make_folder):
     with pytest.raises(RecordError, match="No such file") as raised:
         source[0]
     assert raised.value.name.startswith(str(folder)) and raised.value.name.endswith(".png")
+
+
+def fail_reads(monkeypatch, *codes):
+    """Makes the first reads of images fail, one for each code."""
+    left, read = list(codes), images.read_bytes
+
+    def fails(path):
+        if left:
+            code = left.pop(0)
+            raise OSError(code, os.strerror(code), str(path))
+        return read(path)
+
+    monkeypatch.setattr(images, "read_bytes", fails)
+    return left
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE])
+def test_errors_that_may_be_over_soon_are_no_damage(make_folder, png, monkeypatch, code):
+    source = open_source(str(make_folder({"a.png": png(1), "b.png": png(2)})), "train",
+                         caption_key="")  # fmt: skip
+    for codes in ([code], [errno.ENOENT, code]):
+        left = fail_reads(monkeypatch, *codes)
+        with pytest.raises(OSError) as raised:
+            source[0]
+        assert raised.value.errno == code and not isinstance(raised.value, ValueError)
+        assert not left
+    assert level(source[0]) in (1, 2)
+
+
+def test_a_mount_that_is_back_when_its_folder_is_looked_at_gives_the_image(
+    make_folder, png, monkeypatch
+):
+    source = open_source(str(make_folder({"a.png": png(1), "b.png": png(2)})), "train",
+                         caption_key="")  # fmt: skip
+    fail_reads(monkeypatch, errno.ENOENT)
+    assert level(source[0]) in (1, 2)
+    for code in (errno.ENOENT, errno.EACCES):  # at both tries
+        fail_reads(monkeypatch, code, code)
+        with pytest.raises(RecordError, match=os.strerror(code)):
+            source[0]
 
 
 @pytest.mark.parametrize("how", ["removed", "unmounted"])
@@ -362,3 +449,31 @@ def test_names_of_classes_with_control_characters_are_refused(make_folder, png):
     folder = make_folder({"cat/a.png": png(1), "d\x1bog/b.png": png(2)})
     with raises_user_error("the name of the class folder", "has the control character"):
         open_source(str(folder), "train", caption_key="")
+
+
+def test_identity_is_of_names_order_and_split(make_folder, monkeypatch):
+    folder = make_folder(many(20))
+
+    def found(name=folder, split="train", **options):
+        return open_source(str(name), split, **options).identity
+
+    one = found()
+    assert re.fullmatch("[0-9a-f]{16}", one) and found() == one
+    (folder / "0003.png").write_bytes(b"other")  # images are not read
+    shutil.copytree(folder, folder.parent / "elsewhere")
+    monkeypatch.chdir(folder)
+    assert found(folder.parent / "elsewhere") == found(".") == one
+    source = open_source(str(folder), "train")
+    source._paths.reverse()
+    others = {one, source.identity, found(split="test"), found(holdout_share=0.5)}
+    make_folder({"more.png": None, "more.txt": "more"})
+    assert len(others | {found()}) == 5
+
+
+def test_identity_of_many_images_is_cheap():
+    source = folders.FolderSource.__new__(folders.FolderSource)
+    source._root, source._split = pathlib.Path("/data/images"), "train"
+    source._paths = [source._root / f"{i % 1000}/{i}.jpg" for i in range(100_000)]
+    start = time.perf_counter()
+    assert source.identity
+    assert time.perf_counter() - start < 5

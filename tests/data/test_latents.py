@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import shutil
+import threading
+from concurrent import futures
 
 import grain
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 
 from latent_diffusion_jax.data import latents
 from latent_diffusion_jax.data.pipeline import image_example
-from latent_diffusion_jax.runtime.errors import StorageError, UserError
+from latent_diffusion_jax.runtime.errors import DataError, StorageError, UserError
 
 SHAPE = (2, 2, 4, 4, 6)  # crops, flips, h, w, c
 
@@ -205,3 +208,35 @@ def test_a_disk_that_takes_no_more_is_named_and_leaves_nothing(tmp_path, small_f
     assert not list(tmp_path.iterdir())
     with pytest.raises(StorageError, match=r"cannot write latents .*none"):
         latents.ShardWriter(tmp_path / "none" / "a.array_record").close(whole=True)
+
+
+def test_records_come_back_when_what_was_open_is_dead(tmp_path, kill_handles):
+    source = latents.LatentSource(write_folder(tmp_path / "a"), "train", retry_seconds=60.0)
+    assert_same(source[1], record(1))
+    assert kill_handles(tmp_path)
+    with futures.ThreadPoolExecutor(5) as pool:
+        for i, found in enumerate(pool.map(source.__getitem__, range(5))):
+            assert_same(found, record(i))
+    kill_handles(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "away")
+    timer = threading.Timer(0.3, lambda: (tmp_path / "away").rename(tmp_path / "a"))
+    timer.start()
+    assert_same(source[4], record(4))
+    timer.join()
+    shutil.rmtree(tmp_path / "a")
+    gone = latents.LatentSource(write_folder(tmp_path / "a"), "train")
+    shutil.rmtree(tmp_path / "a")
+    with pytest.raises(DataError, match=r"cannot read the data, .*No such file"):
+        gone[0]
+
+
+def test_identity_is_of_the_encoder_the_split_and_its_files(tmp_path):
+    def found(name, split="train", **changes):
+        return latents.LatentSource(write_folder(tmp_path / name, **changes), split).identity
+
+    one = found("a")
+    assert len(one) == 16 and found("b") == one
+    encoder = {"fingerprint": "1", "source": "here"}
+    other = found("c", autoencoder=encoder)
+    assert found("d", autoencoder=encoder | {"source": "there"}) == other
+    assert len({one, other, found("a", "test"), found("e", counts=(2, 3))}) == 4

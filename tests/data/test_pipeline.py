@@ -246,8 +246,9 @@ def warnings_logged(monkeypatch):
     """The warnings logged here or by `check` (other tests' loaders may still read ahead)."""
     found = []
 
-    def warning(text, *args):
+    def warning(text, *args, extra):
         if threading.current_thread().name.startswith(("MainThread", "check")):
+            assert extra == {"of_any_process": True}  # each process reads others
             found.append(text % args)
 
     monkeypatch.setattr(logging, "warning", warning)

@@ -4,7 +4,9 @@ import json
 import logging
 import pathlib
 import re
+import resource
 import shutil
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from latent_diffusion_jax import conditions
+from latent_diffusion_jax.data import pipeline
 from latent_diffusion_jax.data.patience import RecordError
 from latent_diffusion_jax.data.sources import open_source
 from latent_diffusion_jax.runtime import images
@@ -336,3 +339,77 @@ def test_captions_with_control_characters_are_damaged_records(tmp_path, caplog):
         assert sorted(conditions.captions_of(source, 3)) == ["a", "c"]
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith("cannot use the caption of tiny_rude")
+
+
+# Files that go away and come back.
+
+
+@pytest.fixture
+def copied_dir(data_dir, tmp_path) -> pathlib.Path:
+    """A data_dir of one's own with `tiny_captioned`."""
+    shutil.copytree(pathlib.Path(data_dir) / "tiny_captioned", tmp_path / "tiny_captioned")
+    return tmp_path
+
+
+def open_copied(copied_dir, split="train"):
+    return open_source("tiny_captioned", split, data_dir=str(copied_dir), caption_key="caption")
+
+
+def test_records_come_back_when_what_was_open_is_dead(copied_dir, kill_handles):
+    source = open_copied(copied_dir)
+    wanted = [level(record) for record in everything(source)]
+    for _ in range(2):
+        assert kill_handles(copied_dir)
+        with futures.ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(source.__getitem__, range(8)))
+        assert [level(record) for record in found] == wanted
+
+
+def test_files_that_are_away_are_no_damaged_records(copied_dir, kill_handles):
+    source = open_copied(copied_dir)
+    wanted = level(source[3])
+    kill_handles(copied_dir)
+    (copied_dir / "tiny_captioned").rename(copied_dir / "away")
+    with pytest.raises(FileNotFoundError, match="tiny_captioned"):
+        source[3]
+    (copied_dir / "away").rename(copied_dir / "tiny_captioned")
+    assert level(source[3]) == wanted
+
+
+def test_a_system_that_cannot_open_files_is_no_damaged_record(copied_dir, kill_handles):
+    source = open_copied(copied_dir)
+    wanted = level(source[3])
+    kill_handles(copied_dir)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            source[3]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert level(source[3]) == wanted
+
+
+def test_a_record_that_new_readers_cannot_read_is_damaged(copied_dir):
+    (path,) = (copied_dir / "tiny_captioned" / "1.0.0").glob("*train.array_record*")
+    data = path.read_bytes()
+    place = data.index(b"grey level")
+    path.write_bytes(data[:place] + b"GREY" + data[place + 4 :])
+    source = open_copied(copied_dir)
+    damaged = []
+    for i in range(8):
+        try:
+            source[i]
+        except RecordError as error:
+            damaged.append(error.name)
+    assert len(damaged) == 1 and damaged[0].startswith("tiny_captioned/train[")
+
+
+def test_identity_is_of_the_dataset_the_split_and_its_length(data_dir, copied_dir, digits_dir):
+    one = open_copied(copied_dir).identity
+    assert re.fullmatch("[0-9a-f]{16}", one) and open_copied(data_dir).identity == one
+    decoded = pipeline.DecodedSource(open_copied(copied_dir), 0.0)
+    assert decoded.identity == one
+    others = [open_copied(data_dir, split).identity for split in ("test", "train[:50%]")]
+    others.append(open_source("handwritten_digits", "train", data_dir=str(digits_dir)).identity)
+    assert len({one, *others}) == 4

@@ -102,6 +102,50 @@ def test_numbers_of_another_checkpoint_are_seen(saved):
         checkpoints.restore_part(saved, 2, {"params": shapes()["params"]})
 
 
+def test_digests_that_should_be_there_are_missed(saved):
+    shutil.rmtree(saved / "1" / "digests")
+    restore(saved, 1)  # of a version that made none
+    path = saved / "1" / "config" / "metadata"
+    path.write_text(json.dumps({"version": 1}))
+    for reads in (lambda: restore(saved, 1), lambda: checkpoints.read_json(saved, 1, "data")):
+        with pytest.raises(UserError, match=r"/1: it is damaged: its digests are not there"):
+            reads()
+
+
+def test_a_folder_with_a_number_is_no_checkpoint_by_that(saved):
+    checkpoints.check_whole(saved, 1)
+    (saved / "2").mkdir()
+    with pytest.raises(UserError, match=r"cannot restore checkpoint .*/2: .*of step 1, is still"):
+        checkpoints.check_whole(saved, 2)
+    shutil.rmtree(saved / "1" / "state")
+    with pytest.raises(UserError, match=r"cannot restore checkpoint .*/1: "):
+        checkpoints.check_whole(saved, 1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(5, "Input/output error"),
+        OSError(116, "Stale file handle"),
+        ValueError("NOT_FOUND: reading x: Input/output error [os_error_code='5']"),
+    ],
+)
+def test_what_may_pass_is_not_taken_for_damage(saved, monkeypatch, error):
+    """Nobody is told to do without a checkpoint that is whole."""
+
+    def fails(*_, **__):
+        raise error
+
+    save(saved, 2)
+    monkeypatch.setattr(checkpoints, "_read", fails)
+    with pytest.raises(StorageError, match=r"cannot read checkpoint .*/2: .*need not be") as raised:
+        restore(saved, 2)
+    assert "is still there" not in str(raised.value)
+    error = MemoryError("no room")
+    with pytest.raises(UserError, match=r"not enough memory for checkpoint .*/2: no room"):
+        restore(saved, 2)
+
+
 def test_another_dtype_is_compared_in_the_one_that_was_saved(saved):
     wanted = shapes()["ema"]["bias"]
     wanted = jax.ShapeDtypeStruct(wanted.shape, jnp.float32, sharding=wanted.sharding)

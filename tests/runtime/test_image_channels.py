@@ -119,6 +119,19 @@ def test_damaged_arrays_are_value_errors(data):
         images.decode(data)
 
 
+def test_arrays_with_too_many_pixels_are_refused_before_they_are_read(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 60)
+    for data in (noise(8, 8), ARRAY):
+        with pytest.raises(ValueError, match=r"^8x8 pixels are more than the 60 allowed$"):
+            images.decode(data)
+    monkeypatch.setattr(np, "load", None)
+    with pytest.raises(ValueError, match="pixels are more than"):
+        images.decode(ARRAY)
+    long = ARRAY.replace(b"(8, 8, 3), }" + b" " * 6, b"(6, 8, 3000000), }")
+    with pytest.raises(ValueError, match=r"^it is cut short: uint8 \[6, 8, 3000000\] is more than"):
+        images.decode(long)
+
+
 class Harmful:
     """Calls whatever it likes when it is unpickled."""
 

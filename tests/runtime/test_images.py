@@ -2,7 +2,10 @@
 
 import io
 import os
+import pathlib
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +13,8 @@ from PIL import Image
 
 from latent_diffusion_jax.runtime import images
 from latent_diffusion_jax.runtime.errors import StorageError, UserError
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -156,6 +161,8 @@ def test_what_is_no_ordinary_file_is_not_read(tmp_path, monkeypatch):
             images.read(path)
         with pytest.raises(ValueError, match=said):
             images.read_bytes(path)
+    with pytest.raises(UserError, match=f"cannot read image {tmp_path}: Is a directory"):
+        images.read(tmp_path)
 
 
 def test_a_picture_that_cannot_be_written_is_named(tmp_path):
@@ -166,9 +173,45 @@ def test_a_picture_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_decompression_bomb(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # the image has 1024
-    with pytest.raises(ValueError, match="pixels"):
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)  # the image has 1024
+    with pytest.raises(ValueError, match=r"^32x32 pixels are more than the 1000 allowed$"):
         images.decode(WHOLE)
+
+
+MEASURE = """
+import io, pathlib, sys
+from latent_diffusion_jax.runtime import images
+
+def peak():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+data = pathlib.Path(sys.argv[1]).read_bytes()
+images.decode(pathlib.Path(sys.argv[2]).read_bytes())
+before = peak()
+image = images.decode(data)
+print((peak() - before) / (image.width * image.height))
+"""
+
+
+def test_large_pictures_of_16_bits_take_few_bytes_a_pixel(tmp_path):
+    for name, size in (("large.png", 4096), ("small.png", 16)):
+        data = encode(Image.fromarray(np.full((size, size), 1000, np.uint16)), compress_level=1)
+        (tmp_path / name).write_bytes(data)
+    args = [sys.executable, "-c", MEASURE, tmp_path / "large.png", tmp_path / "small.png"]
+    done = subprocess.run(args, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert 4 <= float(done.stdout) < 10  # Pillow's RGB has four
+
+
+def test_strips_of_16_bits_are_the_whole(monkeypatch):
+    levels = np.arange(65536).astype(np.uint16).reshape(512, 128)
+    expected = np.round(levels / 257.0).astype(np.uint8)
+    monkeypatch.setattr(images, "STRIP", 1000)  # seven rows of 128
+    for data in (encode(Image.fromarray(levels)), encode(Image.fromarray(levels), "TIFF")):
+        np.testing.assert_array_equal(np.asarray(images.decode(data, 1)), expected)
+    wide = np.array([[-5, 0, 65535, 70000]], np.int32)
+    data = encode(Image.fromarray(wide), "TIFF")
+    np.testing.assert_array_equal(np.asarray(images.decode(data, 1)), [[0, 0, 255, 255]])
 
 
 # Cropping.

@@ -6,6 +6,7 @@ import logging as python_logging
 import pathlib
 import struct
 import sys
+import threading
 import time
 
 import numpy as np
@@ -290,6 +291,45 @@ def test_pictures_that_cannot_be_written_are_an_error_and_nothing_waits(tmp_path
             writer.image(step, "preview", noise)
             time.sleep(0.3)
     writer.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_many_figures_at_once_do_not_wait_for_a_thread_that_has_ended(tmp_path):
+    """On a disk that is full, while the last block of metrics.jsonl still has room."""
+    writer = loggers.RunWriter(tmp_path, "first_stage", 0, True)
+    events = writer._board._get_file_writer().event_writer
+    end = threading.Event()
+    events._ev_writer.write_event = events._ev_writer.flush = lambda *_: end.wait() and 1 / 0
+    figures = {f"figure_{i}": 1.0 for i in range(18)}
+    writer.scalars(1, figures, "train")  # more than its queue holds by default
+    end.set()
+    events._worker.join(10.0)
+    with pytest.raises(StorageError, match=r"cannot write .*tensorboard: is the disk full"):
+        writer.scalars(2, figures, "train")
+    writer.close()
+    events._ev_writer.flush = lambda: None  # it is tried once more when Python ends
+
+
+def test_what_is_written_is_known(tmp_path):
+    writer = loggers.RunWriter(tmp_path, "first_stage", 0, True)
+    writer.scalars(2, {"loss": 1.0}, "train")
+    writer.scalars(3, {"loss": 1.0}, "test")
+    assert [writer.has(step, "test") for step in (2, 3, 4)] == [False, True, False]
+    assert not loggers.RunWriter(tmp_path, "diffusion", 0, True).has(3, "test")
+    assert not loggers.RunWriter(tmp_path, "first_stage", 0, False).has(3, "test")
+    writer.close()
+
+
+def test_other_processes_say_what_the_first_one_cannot_know(absl_handler, monkeypatch):
+    monkeypatch.setattr(loggers.distributed, "process_index", lambda: 1)
+    loggers.set_up_logging()
+    ours = pathlib.Path(latent_diffusion_jax.__file__).parent / "train.py"
+    known, damaged = (record(python_logging.WARNING, "about %s", ours) for _ in range(2))
+    damaged.of_any_process = True
+    failed = record(python_logging.ERROR, "about %s", ours)
+    assert [bool(absl_handler.filter(r)) for r in (known, damaged, failed)] == [False, True, True]
+    assert logging.get_verbosity() == logging.WARNING
+    assert absl_handler.format(damaged).endswith("warning: process 1: about x")
 
 
 def test_log_lines_have_no_commands_for_a_terminal(absl_handler):

@@ -69,11 +69,15 @@ def test_all_devices_skip_a_step_that_one_of_them_spoils():
         np.testing.assert_array_equal(shard.data, state.params)
 
 
+def records(samples):
+    return [1000 + sample for sample in samples]
+
+
 GOOD, BAD = {"loss": 0.5, "skipped": 0.0}, {"loss": float("nan"), "g": 1.0, "skipped": 1.0}
 
 
 def test_skipped_steps_are_told_with_their_samples(caplog):
-    steps = SkippedSteps("diffusion", 32, most=2)
+    steps = SkippedSteps("diffusion", 32, 2, records)
     with caplog.at_level(logging.WARNING):
         steps.look([(1, GOOD), (2, BAD), (3, BAD), (4, GOOD), (5, BAD)])
         steps.look([(6, BAD), (7, GOOD)])
@@ -81,18 +85,33 @@ def test_skipped_steps_are_told_with_their_samples(caplog):
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 4
     assert said[0] == (
-        "diffusion: step 2 is skipped, as loss=nan (samples 32 to 63 in the run's order)"
+        "diffusion: step 2 is skipped, as loss=nan (samples 32 to 63 in the run's order, made of "
+        f"the data's records {', '.join(map(str, range(1032, 1064)))})"
     )
 
 
 def test_too_many_in_a_row_end_the_run():
-    steps = SkippedSteps("diffusion", 32, most=2)
+    steps = SkippedSteps("diffusion", 32, 2, records)
     steps.look([(1, GOOD), (2, BAD), (3, BAD)])
-    said = r"loss=nan at step 4, and no step since 2 has been finite \(samples 32 to 127"
+    said = (
+        r"loss=nan at step 4, and no step since 2 has been finite \(samples 32 to 127 in the run's "
+        r"order, made of the data's records 1032, .*, 1095 and 32 more\)"
+    )
     with pytest.raises(UserError, match=said):
         steps.look([(4, BAD), (5, BAD)])
     with pytest.raises(UserError, match="step 1, and no step since 1"):
-        SkippedSteps("diffusion", 32, most=0).look([(1, BAD)])
+        SkippedSteps("diffusion", 32, 0, records).look([(1, BAD)])
+
+
+def test_those_before_a_start_count():
+    """A run that is ended now and then comes to its end all the same."""
+    steps = SkippedSteps("diffusion", 32, 2, records)
+    steps.look([(8, GOOD), (9, BAD), (10, BAD)])
+    later = SkippedSteps("diffusion", 32, 2, records, steps.since)
+    with pytest.raises(UserError, match="step 11, and no step since 9 has been finite"):
+        later.look([(11, BAD)])
+    steps.look([(11, GOOD)])
+    assert steps.since is None
 
 
 def test_what_is_not_finite_is_not_logged():

@@ -1,6 +1,7 @@
 """safetensors files in and out; Torch's are in test_torch_files.py."""
 
 import json
+import os
 import struct
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import safetensors.torch
 import torch
 
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.weights import files
+from latent_diffusion_jax.weights import files, folders
 
 
 def check_refused(path, *parts: str):
@@ -98,6 +99,16 @@ def test_no_file_a_folder_and_an_empty_file_are_named(tmp_path):
     check_refused(tmp_path, "Is a directory")
     (tmp_path / "empty").write_bytes(b"")
     check_refused(tmp_path / "empty", "it is empty")
+
+
+def test_a_pipe_is_not_read(tmp_path):
+    path = tmp_path / "a.safetensors"
+    os.mkfifo(path)  # of which reading would wait for ever
+    check_refused(path, "it is no ordinary file")
+    with pytest.raises(UserError, match=f"cannot read weights {path}: it is no ordinary file"):
+        files.read_metadata(path)
+    with pytest.raises(UserError, match=f"cannot read {path}: it is no ordinary file"):
+        folders.read_json(path)
 
 
 @pytest.mark.parametrize("content", [b"\xff" * 64, b"hello", b'{"a": 1}' * 9, b"\x89PNG" * 10])
