@@ -282,7 +282,7 @@ def test_a_run_does_not_go_on_with_other_data(smoke_config, tmp_path):
     with pytest.raises(UserError, match=r"data are not those .* began with \(identity: "):
         train(smoke_config, tmp_path / "run")
     Image.new("RGB", (40, 36)).save(folder / "19.png")
-    with pytest.raises(UserError, match=r"data are not .* \(records: 20 then, 21 now; identity: "):
+    with pytest.raises(UserError, match=r"data are not .* \(records: 19 then, 20 now; identity: "):
         train(smoke_config, tmp_path / "run")
     (folder / "20.png").unlink()
     assert train(smoke_config, tmp_path / "run")
