@@ -4,9 +4,11 @@ Adam's epsilon is so large that its steps are the gradients' size: otherwise it 
 the learning rate to the one side or to the other by the sign of a gradient that is nearly zero.
 """
 
+import collections
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -33,14 +35,12 @@ TINY = (
     "--config.data.image_size=8",
     "--config.data.check_images=8",
     "--config.first_stage.autoencoder.channel_multipliers=(1,2)",
-    f"--config.first_stage.optimizer.learning_rate={LEARNING_RATE}",
+    # Of gradients that are large. Larger steps make more of rounding than they learn.
+    f"--config.first_stage.optimizer.learning_rate={LEARNING_RATE / 10}",
     "--config.first_stage.optimizer.warmup_steps=1",
     "--config.first_stage.loss.disc_weight=0.0",
     "--config.first_stage.optimizer.eps=1.0",
     "--config.optimizer.eps=1.0",
-    # Split over both processes are the words' embeddings; the rest is too small.
-    "--config.mesh.data=1",
-    "--config.mesh.fsdp=4",
     "--config.text_encoder.width=64",
     f"--config.optimizer.learning_rate={LEARNING_RATE}",
     "--config.sample.steps=1",
@@ -67,10 +67,21 @@ def launch(*arguments: str, status: int = 0, **options) -> tuple[str, str]:
     return output, errors
 
 
-def train(workdir: pathlib.Path, data_dir: str, processes: int, **options) -> tuple[str, str]:
-    """Trains on four devices in all."""
-    flags = (*TINY, f"--workdir={workdir}", f"--config.data.data_dir={data_dir}")
-    return launch(*flags, processes=processes, devices=4 // processes, **options)
+def flags(workdir: pathlib.Path, data_dir: str, devices: int) -> tuple[str, ...]:
+    """Of a run on so many devices in all, over which parameters are split.
+
+    Those are the words' embeddings; the rest is too small.
+    """
+    return (
+        *TINY, "--config.mesh.data=1", f"--config.mesh.fsdp={devices}",
+        f"--workdir={workdir}", f"--config.data.data_dir={data_dir}",
+    )  # fmt: skip
+
+
+def train(workdir, data_dir, processes, devices=4, **options) -> tuple[str, str]:
+    """Trains on so many devices in all."""
+    each = devices // processes
+    return launch(*flags(workdir, data_dir, devices), processes=processes, devices=each, **options)
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +109,7 @@ def compiled_in(workdir):
 @pytest.mark.slow
 def test_a_signal_stops_both_processes_and_they_go_on(of_two, tmp_path, data_dir):
     workdir = tmp_path / "run"
-    flags = (*TINY, f"--workdir={workdir}", f"--config.data.data_dir={data_dir}")
-    process = start(*flags, processes=2, devices=2)
+    process = start(*flags(workdir, data_dir, 4), processes=2, devices=2)
     metrics = workdir / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.1)
@@ -115,9 +125,10 @@ def test_a_signal_stops_both_processes_and_they_go_on(of_two, tmp_path, data_dir
 
 @pytest.fixture(scope="module")
 def of_one(tmp_path_factory, data_dir, of_two):
-    """A workdir that one process has trained on as many devices."""
+    """A workdir that one process has trained on one device."""
     workdir = tmp_path_factory.mktemp("one") / "run"
-    train(workdir, data_dir, 1)
+    _, errors = train(workdir, data_dir, 1, devices=1)
+    assert "1 process(es); mesh: data 1, fsdp 1" in errors
     return workdir
 
 
@@ -135,16 +146,39 @@ def figures(workdir):
     }
 
 
-def state_of(workdir, stage, step=4):
-    """Every leaf of a checkpoint, by name; those of the optimizer are not among them."""
+def state_of(workdir, stage, step=4, parts=("params", "ema", "opt")):
+    """Every leaf of these parts of a checkpoint, by name."""
     with checkpoints.open_manager(workdir / stage) as manager:
         saved = dict(manager.item_metadata(step)["state"].tree)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-        {part: saved[part] for part in ("params", "ema") if saved[part]},
+        {part: saved[part] for part in parts if saved[part]},
     )
-    return trees.flatten_names(checkpoints.restore_part(workdir / stage, step, shapes))
+    read = jax.device_get(checkpoints.restore_part(workdir / stage, step, shapes))
+    return trees.flatten_names(read)
+
+
+def largest(leaves, names):
+    return max(np.abs(leaves[name]).max() for name in names)
+
+
+def assert_same_state(ours, theirs):
+    """Relative errors of at most 1e-5; first and second moments are among them."""
+    assert ours.keys() == theirs.keys()
+    parts = collections.defaultdict(list)
+    for name in ours:
+        parts[re.match(r"opt/.*/(mu|nu)(?=/)|[^/]+", name).group()].append(name)
+    assert len(parts["params"]) > 50
+    assert sum(len(names) for part, names in parts.items() if re.search("/(mu|nu)$", part)) == (
+        2 * len(parts["params"])
+    )
+    for names in parts.values():
+        # Some gradients are zero but for rounding: of biases that a norm takes away again.
+        least = 0.01 * largest(ours, names)
+        for name in names:
+            error = np.abs(ours[name] - theirs[name]).max() / max(largest(ours, [name]), least)
+            assert error <= 1e-5, (name, error)
 
 
 def assert_same_run(workdir, other, stages=STAGES):
@@ -153,18 +187,15 @@ def assert_same_run(workdir, other, stages=STAGES):
     for name, value in ours.items():
         np.testing.assert_allclose(value, theirs[name], rtol=1e-5, err_msg=str(name))
     for stage in stages:
-        left, right = state_of(workdir, stage), state_of(other, stage)
-        before = state_of(workdir, stage, step=2)
-        assert left.keys() == right.keys() and len(left) > 50
-        moved = [np.abs(np.asarray(left[name]) - before[name]).max() for name in left]
+        state, before = state_of(workdir, stage), state_of(workdir, stage, 2, ["params"])
+        moved = [np.abs(state[name] - leaf).max() for name, leaf in before.items()]
         assert np.median(moved) > 1e-4, "hardly anything was trained"
-        for name, leaf in left.items():
-            np.testing.assert_allclose(leaf, right[name], rtol=1e-5, atol=1e-6, err_msg=name)
+        assert any(name.startswith("ema/") for name in state) == (stage == "diffusion")
+        assert_same_state(state, state_of(other, stage))
 
 
 def test_two_processes_train_as_one_does(of_one, of_two):
     assert_same_run(of_one, of_two)
-    assert any(name.startswith("ema/") for name in state_of(of_two, "diffusion"))
 
 
 @pytest.mark.slow
@@ -191,7 +222,7 @@ def test_clip_and_a_starting_point_on_both_ways_to_split(of_one, data_dir, tmp_p
         "from configs import base\n\ndef get_config():\n"
         "    return base.miniature('clip', smoke=True)\n"
     )
-    flags = (
+    given = (
         f"--config={config}", f"--config.first_stage.init_from={of_one}", "--config.sample.steps=1",
         "--config.stages=('diffusion',)", f"--config.clip.path={tmp_path / 'clip'}",
         "--config.clip.dtype=float32", "--config.data.image_size=8", "--config.unet.channels=64",
@@ -200,14 +231,14 @@ def test_clip_and_a_starting_point_on_both_ways_to_split(of_one, data_dir, tmp_p
         "--config.first_stage.autoencoder.channel_multipliers=(1,2)",
     )  # fmt: skip
     begun = tmp_path / "begun"
-    launch(*flags, f"--workdir={begun}", processes=1, devices=1)
-    flags += (
+    launch(*given, f"--workdir={begun}", processes=1, devices=1)
+    given += (
         f"--config.init_from={begun}", "--config.mesh.data=1", "--config.mesh.fsdp=2",
         "--config.mesh.tensor=2", "--config.accumulation=2",
     )  # fmt: skip
     for processes in (1, 2):
         workdir = f"--workdir={tmp_path / str(processes)}"
-        _, errors = launch(*flags, workdir, processes=processes, devices=4 // processes)
+        _, errors = launch(*given, workdir, processes=processes, devices=4 // processes)
         assert f"{processes} process(es); mesh: data 1, fsdp 2, tensor 2" in errors
     assert_same_run(tmp_path / "1", tmp_path / "2", stages=("diffusion",))
 
@@ -231,9 +262,9 @@ def test_two_processes_encode_as_one_does(of_two, tmp_path):
             )
 
 
-def measured(tmp_path, *flags):
+def measured(tmp_path, *given):
     """What evaluate writes in two processes."""
-    output, _ = launch(*flags, f"--out={tmp_path}", processes=2, devices=1, command="evaluate")
+    output, _ = launch(*given, f"--out={tmp_path}", processes=2, devices=1, command="evaluate")
     assert output.count("evaluation.json") == 1 and (tmp_path / "evaluation.png").is_file()
     return json.loads((tmp_path / "evaluation.json").read_text())
 
@@ -258,8 +289,8 @@ def test_two_processes_evaluate_as_one_does(of_two, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_measure_a_first_stage_as_one_does(of_two, tmp_path):
-    flags = (f"--first_stage={of_two}", "--max_real=20", "--image_size=16", "--batch_size=8")
-    found = measured(tmp_path, *flags)
+    given = (f"--first_stage={of_two}", "--max_real=20", "--image_size=16", "--batch_size=8")
+    found = measured(tmp_path, *given)
     data = {"image_size": 16}
     expected, _ = evaluate.evaluate_first_stage(of_two, data, max_real=20, batch_size=8)
     assert_same_figures(found, expected)
@@ -273,8 +304,8 @@ def test_two_processes_measure_a_first_stage_as_one_does(of_two, tmp_path):
     ],
 )
 def test_an_error_is_said_once(tmp_path, data_dir, flag, said):
-    flags = (*TINY, f"--workdir={tmp_path / 'run'}", f"--config.data.data_dir={data_dir}", flag)
-    output, errors = launch(*flags, processes=2, devices=2, status=2)
+    given = (*flags(tmp_path / "run", data_dir, 4), flag)
+    output, errors = launch(*given, processes=2, devices=2, status=2)
     assert output == "" and errors.count(said) == 1 and "Traceback" not in errors
     assert not (tmp_path / "run").exists()
 

@@ -228,8 +228,19 @@ def compiled(function, mesh, *arguments):
         return jax.jit(function).lower(*arguments).compile()
 
 
+def kernels(text):
+    """Names of the calls of kernels in a compiled program."""
+    return re.findall(r'^\s+%(\S+) = .*custom_call_target="tpu_custom_call"', text, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
-    "sizes", [(2, 4096, 8, 40), (2, 1024, 8, 80), (2, 256, 8, 160), (1, 4096, 1, 512)]
+    "sizes",
+    [  # of Stable Diffusion 1's levels, the widest with 768 pixels, and of the autoencoder
+        (2, 4096, 8, 40),
+        (2, 1024, 8, 80),
+        (2, 576, 8, 160),
+        (1, 4096, 1, 512),
+    ],
 )
 def test_tpu_programs_never_hold_the_scores(tpu_topology, sizes):
     batch, tokens, heads, _ = sizes
@@ -238,7 +249,9 @@ def test_tpu_programs_never_hold_the_scores(tpu_topology, sizes):
     program = compiled(gradients(dot_product_attention), mesh, x, x, x)
     scores = 4 * batch * heads * tokens**2
     found = program.memory_analysis().temp_size_in_bytes
-    assert found < max(scores / 8, 16 * MIB), f"{found / MIB:.1f} MiB"
+    assert found < scores / 4, f"{found / MIB:.1f} MiB"  # in halves they are a half
+    names = kernels(program.as_text())
+    assert any("mha_fwd" in name for name in names) and any("mha_dkv" in name for name in names)
 
 
 @pytest.mark.parametrize("tokens", [1024, pytest.param(4096, marks=pytest.mark.slow)])

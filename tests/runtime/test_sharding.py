@@ -1,5 +1,6 @@
 """Meshes, the rules that split parameters over them, and batches."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import txt2img
 from latent_diffusion_jax import build
+from latent_diffusion_jax.planning.topologies import open_topology
 from latent_diffusion_jax.runtime import sharding, trees
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.training.optimizer import make_optimizer
@@ -71,6 +73,87 @@ def test_impossible_meshes(asked, said):
     for part in said:
         assert part in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+# Slices of TPUs.
+
+
+@pytest.fixture
+def slices_of_eight(tpu_topology):
+    """A function from a number of slices to the devices of so many v5e:2x4."""
+    tpu_topology("v5e:2x4")  # skips where there is no compiler
+    return lambda count: open_topology("v5e:2x4" + (f"*{count}" if count > 1 else ""))[0]
+
+
+@pytest.mark.parametrize(
+    ("count", "inside", "over", "expected"),
+    [  # sizes of a slice, slices along each axis, and what those become
+        (2, sizes(data=2, fsdp=2, tensor=2), {}, (2, 1, 1)),
+        (2, sizes(data=2, fsdp=2, tensor=2), {"dcn_data": 2}, (2, 1, 1)),
+        (2, sizes(data=2, fsdp=2, tensor=2), {"dcn_fsdp": 2}, (1, 2, 1)),
+        (2, sizes(data=2, fsdp=2, tensor=2), {"dcn_tensor": 2}, (1, 1, 2)),
+        (2, sizes(fsdp=-1), {"dcn_data": 1, "dcn_fsdp": -1}, (1, 2, 1)),
+        (2, sizes(data=-1), {"dcn_data": 1, "dcn_tensor": -1}, (1, 1, 2)),
+        (4, sizes(fsdp=4, tensor=2), {"dcn_fsdp": 2}, (2, 2, 1)),
+        (4, sizes(fsdp=-1, tensor=2), {"dcn_data": 2, "dcn_tensor": -1}, (2, 1, 2)),
+        (1, sizes(data=2, fsdp=2, tensor=2), {"dcn_data": 1}, (1, 1, 1)),
+    ],
+)
+def test_slices_lie_along_the_axes_that_are_asked_for(
+    slices_of_eight, count, inside, over, expected
+):
+    devices = slices_of_eight(count)
+    mesh = sharding.make_mesh(inside | over, devices[::-1])
+    assert set(mesh.devices.flat) == set(devices)
+    own = [side // slices for side, slices in zip(mesh.devices.shape, expected, strict=True)]
+    assert math.prod(own) == 8
+    for axis, size in zip(sharding.AXES, own, strict=True):
+        assert inside[axis] in (-1, size)
+    for place, device in np.ndenumerate(mesh.devices):
+        slice_place = [i // size for i, size in zip(place, own, strict=True)]
+        assert getattr(device, "slice_index", 0) == np.ravel_multi_index(slice_place, expected)
+
+
+def test_neighbours_in_a_mesh_of_slices_are_neighbours_on_links(slices_of_eight):
+    asked = sizes(data=2, fsdp=2, tensor=2) | {"dcn_data": 2}
+    mesh = sharding.make_mesh(asked, slices_of_eight(2))
+    coords = np.array([device.coords for device in mesh.devices.flat]).reshape(4, 2, 2, 3)
+    for axis in (1, 2):  # fsdp and tensor, which have most to say
+        assert (np.abs(np.diff(coords, axis=axis)).sum(-1) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (sizes(data=8) | {"dcn_data": 3}, ["dcn_data=3", "needs 3 slices", "2 are there"]),
+        (sizes(data=8) | {"dcn_data": 1}, ["dcn_data=1", "needs 1 slices", "2 are there"]),
+        (
+            sizes(data=8) | {"dcn_data": 2, "dcn_fsdp": 2},
+            ["dcn_data=2, dcn_fsdp=2", "needs 4 slices"],
+        ),
+        (sizes(data=8) | {"dcn_fsdp": 3}, ["2 slices cannot be split", "dcn_fsdp=3"]),
+        (sizes(data=8) | {"dcn_fsdp": -1}, ["at most one -1", "dcn_data=-1, dcn_fsdp=-1"]),
+        (sizes(data=8) | {"dcn_tensor": 0}, ["positive", "dcn_tensor=0"]),
+        (sizes(data=16), ["data=16", "needs 16 devices", "8 are there"]),  # those of a slice
+        (sizes(data=3, fsdp=-1), ["8 devices cannot be split", "data=3"]),
+    ],
+)
+def test_impossible_meshes_of_slices(slices_of_eight, asked, said):
+    with pytest.raises(UserError) as raised:
+        sharding.make_mesh(asked, slices_of_eight(2))
+    for part in said:
+        assert part in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_devices_that_are_no_tpus_are_one_slice():
+    """Also those that say a slice, as GPUs of several hosts do."""
+    device = dataclasses.make_dataclass("Device", ["platform", "slice_index", "id"], frozen=True)
+    devices = [device("gpu", i // 4, i) for i in range(8)]
+    mesh = sharding.make_mesh(sizes(fsdp=8) | {"dcn_data": 1}, devices)
+    assert [device.id for device in mesh.devices.flat] == list(range(8))
+    with pytest.raises(UserError, match=r"dcn_data=2.* needs 2 slices, 1 are there"):
+        sharding.make_mesh(sizes(fsdp=4) | {"dcn_data": 2}, devices)
 
 
 # Where a leaf is split.
