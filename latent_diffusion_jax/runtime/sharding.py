@@ -59,7 +59,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         slices.setdefault(index or 0, []).append(device)
     over = {f"dcn_{axis}": sizes.get(f"dcn_{axis}", -1 if axis == "data" else 1) for axis in AXES}
     over_shape = _resolved(over, len(slices), "slices")
-    shape = _resolved({axis: sizes[axis] for axis in AXES}, len(devices) // len(slices), "devices")
+    what = "devices" if len(slices) == 1 else "devices of a slice"
+    shape = _resolved({axis: sizes[axis] for axis in AXES}, len(devices) // len(slices), what)
     arranged = np.array([_arranged(slices[i], shape) for i in sorted(slices)])
     arranged = arranged.reshape(*over_shape, *shape).transpose(0, 3, 1, 4, 2, 5)
     sides = [a * b for a, b in zip(over_shape, shape, strict=True)]

@@ -134,8 +134,8 @@ def test_neighbours_in_a_mesh_of_slices_are_neighbours_on_links(slices_of_eight)
         (sizes(data=8) | {"dcn_fsdp": 3}, ["2 slices cannot be split", "dcn_fsdp=3"]),
         (sizes(data=8) | {"dcn_fsdp": -1}, ["at most one -1", "dcn_data=-1, dcn_fsdp=-1"]),
         (sizes(data=8) | {"dcn_tensor": 0}, ["positive", "dcn_tensor=0"]),
-        (sizes(data=16), ["data=16", "needs 16 devices", "8 are there"]),  # those of a slice
-        (sizes(data=3, fsdp=-1), ["8 devices cannot be split", "data=3"]),
+        (sizes(data=16), ["data=16", "needs 16 devices of a slice", "8 are there"]),
+        (sizes(data=3, fsdp=-1), ["8 devices of a slice cannot be split", "data=3"]),
     ],
 )
 def test_impossible_meshes_of_slices(slices_of_eight, asked, said):
