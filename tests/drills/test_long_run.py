@@ -14,6 +14,7 @@ import pytest
 from latent_diffusion_jax.train import train
 
 STEPS = 20_000
+EVERY = 500  # steps between looks, and between checkpoints
 SETTLED = 6_000  # steps after which all that happens in a run has happened several times
 
 
@@ -24,19 +25,26 @@ def resident() -> int:
 
 
 @pytest.mark.slow
-def test_nothing_grows(smoke_config, tmp_path):
-    smoke_config.stages = ("first_stage",)
-    smoke_config.first_stage.num_steps = STEPS
+@pytest.mark.parametrize("stage", ["first_stage", "diffusion"])
+def test_nothing_grows(smoke_config, tmp_path, stage):
+    """Of images; the second stage encodes them, and draws a few at each evaluation."""
+    if stage == "first_stage":
+        smoke_config.stages = (stage,)
+        smoke_config.first_stage.num_steps = STEPS
+    else:
+        smoke_config.first_stage.num_steps = 1
+        smoke_config.num_steps = STEPS
     smoke_config.first_stage.autoencoder.channel_multipliers = (1, 1)
     smoke_config.data.image_size, smoke_config.data.num_threads = 16, 2
-    smoke_config.log_every, smoke_config.eval_every = 50, 500
-    smoke_config.checkpoint_every, smoke_config.keep_checkpoints = 500, 2
+    smoke_config.log_every, smoke_config.eval_every = EVERY // 10, EVERY
+    smoke_config.checkpoint_every, smoke_config.keep_checkpoints = EVERY, 2
+    smoke_config.sample.steps = 2
     seen, asked = [], 0
 
     def look() -> bool:
         nonlocal asked
         asked += 1
-        if asked % 500 == 250:  # between two checkpoints
+        if asked % EVERY == EVERY // 2:  # between two checkpoints
             gc.collect()
             seen.append(
                 {
@@ -49,7 +57,7 @@ def test_nothing_grows(smoke_config, tmp_path):
         return False
 
     assert train(smoke_config, tmp_path / "run", look)
-    early = [figures for figures in seen if seen.index(figures) * 500 >= SETTLED][:5]
+    early = [figures for figures in seen if seen.index(figures) * EVERY >= SETTLED][:5]
     late = seen[-5:]
     assert len(seen) > 30
     for name in seen[0]:
