@@ -11,6 +11,7 @@ from configs import autoencoder_kl, txt2img
 from latent_diffusion_jax import build, config_checks, first_stages, loading, older_configs
 from latent_diffusion_jax.runtime.commands import flatten
 from latent_diffusion_jax.runtime.errors import UserError
+from tests.checkpoint_files import rewrite_item
 
 NEW = (
     "accumulation", "precision", "param_dtype", "ema_dtype", "mu_dtype", "nu_dtype", "eps",
@@ -86,13 +87,11 @@ def test_a_checkpoint_of_a_version_that_is_not_known_is_named(trained_workdir, t
         ("first_stage", first_stages.open_first_stage),
     ):
         folder = tmp_path / "run" / stage / "4"
-        shutil.rmtree(folder / "digests")
-        path = folder / "config" / "metadata"
-        values = json.loads(path.read_text())
+        values = json.loads((folder / "config" / "metadata").read_text())
         for changes, said in (
             ({"version": 99}, "its config has the version 99, and this program knows 0 to"),
             ({"version": 0, "data": 7}, "its config is that of no version"),
         ):
-            path.write_text(json.dumps(values | changes))
+            rewrite_item(folder, "config", values | changes)
             with pytest.raises(UserError, match=rf"cannot use checkpoint .*/{stage}/4: {said}"):
                 opens(tmp_path / "run")

@@ -11,6 +11,7 @@ from latent_diffusion_jax import convert, encode, evaluate, first_stages, loadin
 from latent_diffusion_jax.runtime import checkpoints, trees
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.train import train
+from tests.checkpoint_files import rewrite_item
 
 
 @pytest.fixture
@@ -97,7 +98,6 @@ def test_weights_that_are_no_numbers_draw_no_picture(trained_workdir):
 def test_a_first_stage_without_a_scale_is_not_built_upon(trained_workdir, tmp_path):
     shutil.copytree(trained_workdir, tmp_path / "run")
     folder = tmp_path / "run" / "first_stage" / "4"
-    shutil.rmtree(folder / "digests")
-    (folder / "info" / "metadata").write_text("{}")
+    rewrite_item(folder, "info", {})
     with pytest.raises(UserError, match=r"in .*first_stage has no scale_factor"):
         loading.load_model(tmp_path / "run")
