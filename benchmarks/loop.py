@@ -10,6 +10,7 @@ process.
 """
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -99,10 +100,9 @@ def loop_steps(config: Any, name: str, workdir: pathlib.Path, steps: int) -> tup
     last = checkpoints.latest_step(workdir / name) or 0
     config = config.copy_and_resolve_references()
     config.stages = (name,)
-    section(config, name).num_steps = last + steps
-    config.eval_every = 10**6
     config.checkpoint_every = steps // 2  # much more often than by default
-    assert train(config, workdir)
+    asked = itertools.count()  # before the stage, then after each step
+    assert not train(config, workdir, lambda: next(asked) >= steps)
     rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     found = [
         row for row in rows if row["stage"] == name and row["step"] > last and "train/loss" in row
@@ -122,10 +122,16 @@ def main() -> None:
     use_persistent_cache()
     rows = {}
     with tempfile.TemporaryDirectory() as name:
-        workdir = pathlib.Path(name)
-        config = txt2img.get_config("digits")
-        config.log_every = 20
         for stage in STAGES:
+            workdir = pathlib.Path(name) / stage
+            config = txt2img.get_config("digits")
+            config.log_every, config.eval_every = 20, 10**6
+            config.first_stage.num_steps = 10**6 if stage == "first_stage" else 2
+            config.num_steps = 10**6
+            if stage == "diffusion":
+                first = config.copy_and_resolve_references()
+                first.stages = ("first_stage",)
+                assert train(first, workdir)
             loop_steps(config, stage, workdir, 40)
             bare = bare_steps(config, stage, workdir)
             pairs, waits = [], []
