@@ -21,8 +21,9 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from latent_diffusion_jax.data import identity
 from latent_diffusion_jax.data.patience import Patience
-from latent_diffusion_jax.data.record_files import RecordFiles, first_line
+from latent_diffusion_jax.data.record_files import RecordFiles
 from latent_diffusion_jax.runtime.errors import StorageError, UserError
+from latent_diffusion_jax.runtime.texts import first_line
 
 INDEX_FILE = "latents.json"
 FORMAT = 1

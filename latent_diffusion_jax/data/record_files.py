@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from latent_diffusion_jax.runtime.texts import first_line
+
 # "pread() failed: Stale file handle; reading ...", as the readers say it.
 SYSTEM_CALL_FAILED = re.compile(r"\b[a-z0-9_]+\(\) failed: ")
 
@@ -71,7 +73,3 @@ class RecordFiles:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,10 +18,10 @@ import tensorflow_datasets as tfds
 from latent_diffusion_jax.data import digits, identity, photos
 from latent_diffusion_jax.data.folders import FolderSource
 from latent_diffusion_jax.data.patience import RecordError
-from latent_diffusion_jax.data.record_files import RecordFiles, first_line
+from latent_diffusion_jax.data.record_files import RecordFiles
 from latent_diffusion_jax.runtime import distributed
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.runtime.texts import check_text
+from latent_diffusion_jax.runtime.texts import check_text, first_line
 
 BUNDLED: dict[str, type[tfds.core.GeneratorBasedBuilder]] = {  # prepared on first use
     "handwritten_digits": digits.HandwrittenDigits,

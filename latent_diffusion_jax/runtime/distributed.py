@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from latent_diffusion_jax.runtime.clusters import Cluster
 from latent_diffusion_jax.runtime.errors import StorageError
+from latent_diffusion_jax.runtime.texts import first_line
 
 CONNECT_SECONDS = 300.0  # that processes wait for each other at the start
 HEARTBEAT_SECONDS = 60  # without a sign of life after which JAX ends all processes
@@ -81,7 +82,7 @@ def connect(cluster: Cluster) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (OSError, RuntimeError, ValueError) as error:
-        give_up(f"cannot connect the processes{where}: {_first_line(error)}", 2)
+        give_up(f"cannot connect the processes{where}: {first_line(error)}", 2)
     finally:
         timer.cancel()
     if re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
@@ -287,10 +288,6 @@ def _say(message: str) -> None:
 
 def _client() -> Any:
     return jax_distributed.global_state.client
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # Sharing. All of these are called by all processes, in the same order; alone, they do nothing.

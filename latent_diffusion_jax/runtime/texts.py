@@ -30,3 +30,8 @@ def printable(text: str) -> str:
 def escaped(text: str) -> str:
     """A text in which what cannot be printed, ends of lines too, is shown as its number."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, as far as it is one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
