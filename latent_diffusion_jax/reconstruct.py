@@ -27,7 +27,7 @@ def read_image(path: pathlib.Path, channels: int, factor: int) -> np.ndarray:
       UserError: it cannot be read, or is smaller than `factor` pixels.
     """
     try:
-        image = np.asarray(images.decode(path.read_bytes(), channels))
+        image = np.asarray(images.decode(images.read_bytes(path), channels))
     except OSError as error:
         raise UserError(f"cannot read image {path}: {error.strerror}") from error
     except (ValueError, images.ChannelsError) as error:

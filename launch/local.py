@@ -25,7 +25,9 @@ from typing import IO, NoReturn
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 COMMANDS = ("train", "encode", "evaluate")
-GRACE_SECONDS = 20.0  # for the others to end after one has; then SIGTERM, then SIGKILL
+# For the others to end after one has, which they do within half a minute and say why; then SIGTERM,
+# then SIGKILL.
+GRACE_SECONDS = 45.0
 KILL_SECONDS = 10.0
 PORTS = range(20000, 32768)
 # What gloo says of each connection. Its threads mix their lines, which they write piece by piece.

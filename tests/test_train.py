@@ -102,6 +102,24 @@ def test_stopped_and_resumed_is_bit_identical(trained_workdir, smoke_config, tmp
     assert len(steps) == len(set(steps)), "a step was logged twice"
 
 
+def test_a_stop_during_the_last_evaluation_saves_the_last_step(
+    trained_workdir, smoke_config, tmp_path
+):
+    def rows(kind):
+        found = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+        return [row["step"] for row in found if row["stage"] == "first_stage" and kind in row]
+
+    def evaluates() -> bool:  # its last step is logged by then
+        return (tmp_path / "metrics.jsonl").exists() and 4 in rows("train/loss")
+
+    assert not train(smoke_config, tmp_path, evaluates)
+    assert checkpoints.read_json(tmp_path / "first_stage", 4, "info")["scale_factor"] > 0
+    assert 4 not in rows("test/psnr"), "the evaluation went on"
+    assert train(smoke_config, tmp_path)
+    for stage in ("first_stage", "diffusion"):
+        assert_same_state(trained_workdir, tmp_path, stage)
+
+
 @pytest.mark.slow  # steps in halves are tested in test_diffusion_stage.py
 def test_parameters_in_bfloat16_are_kept_and_drawn_with(data_dir, tmp_path):
     config = pixel.get_config("smoke")

@@ -172,9 +172,13 @@ def train_stage(
             batches = in_order(run.test_source, prepare, mesh, batch_size, run.eval_examples)
             totals: dict[str, float] = {}
             first, count = None, 0
-            last = step == num_steps  # nobody would come back to it
             for batch, valid in batches:
-                if first is not None and not last and distributed.highest(run.should_stop()):
+                if first is not None and distributed.highest(run.should_stop()):
+                    if step == num_steps:  # which is saved before the grace is over
+                        logging.warning(
+                            "%s: asked to stop: the last step is saved without figures of held-out "
+                            "data; the command evaluate measures it", name
+                        )  # fmt: skip
                     return False
                 first = batch if first is None else first
                 for metric, values in eval_step(state, batch, eval_key).items():

@@ -3,8 +3,9 @@
 Both of Torch's formats are known: the zip archive (1.6 and later) and the older stream of pickles.
 In either a pickle says which tensors there are and where in which storage they lie. A pickle is a
 program, which may call anything that it names; here its names resolve to the few things that
-tensors need, and everything else to objects that take every call and do nothing. What would take
-more memory than the file can be meant to is refused before it does.
+tensors need, and everything else to objects that take every call and do nothing: published files
+have a trainer's objects beside their tensors. What names programs to run is refused, and what would
+take more memory than the file can be meant to, before it does.
 """
 
 import collections
@@ -68,6 +69,18 @@ STORAGES = {
     "ComplexFloatStorage": "complex64",
     "ComplexDoubleStorage": "complex128",
 }
+# What no weights need, and harmful files call. Nothing would be executed without this list either:
+# it is there so that whoever loads such a file hears of it. Names are Python 2's where Torch saves.
+HARMFUL_MODULES = frozenset({
+    "_pickle", "bdb", "cPickle", "cProfile", "code", "codeop", "commands", "ctypes", "ftplib",
+    "http", "httplib", "imp", "importlib", "marshal", "nt", "os", "pdb", "pickle", "pip", "posix",
+    "profile", "pty", "runpy", "shutil", "smtplib", "socket", "subprocess", "sys", "timeit",
+    "urllib", "urllib2", "webbrowser",
+})  # fmt: skip
+HARMFUL_FUNCTIONS = frozenset({
+    "__import__", "breakpoint", "compile", "delattr", "eval", "exec", "execfile", "globals", "open",
+    "setattr", "CodeType", "FunctionType",
+})  # fmt: skip
 
 
 class FormatError(ValueError):
@@ -170,6 +183,12 @@ class _Unpickler(pickle.Unpickler):
         self._copied = 0  # items that ordered dicts were made of
 
     def find_class(self, module: str, name: str) -> Any:
+        builtin = module in ("builtins", "__builtin__", "types")
+        if module.partition(".")[0] in HARMFUL_MODULES or (builtin and name in HARMFUL_FUNCTIONS):
+            raise FormatError(
+                f"its pickle calls {f'{module}.{name}'!r}, which no weights need: it is made to do "
+                "harm; it was not executed, and nothing of it is used"
+            )
         if (module, name) == ("collections", "OrderedDict"):
             return functools.partial(self._ordered)
         if module == "torch._utils" and name in REBUILD:

@@ -1,16 +1,21 @@
 """Files of `torch.save` read without Torch: what Torch itself reads, and nothing executed."""
 
 import collections
+import importlib
 import importlib.util
 import io
 import os
 import pathlib
 import pickle
+import runpy
 import struct
+import subprocess
 import sys
+import tempfile
 import time
 import tracemalloc
 import zipfile
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,23 +147,52 @@ def harmful(target) -> list:
         Harmful(eval, f"__import__('os').mkdir({str(target)!r})"),
         Harmful(exec, f"import os; os.mkdir({str(target)!r})"),
         Harmful(getattr, Harmful(__import__, "os"), "mkdir"),
+        Harmful(subprocess.Popen, ["mkdir", str(target)]),
+        Harmful(runpy.run_path, str(target.with_suffix(".py"))),
+        Harmful(importlib.import_module, "antigravity"),
     ]
 
 
 def test_a_pickle_is_not_executed(save, tmp_path):
     target, weight = tmp_path / "made", torch.ones(2)
     for bad in harmful(target):
-        path = save({"state_dict": {"w": weight, "bad": bad}, "callbacks": [bad]})
-        assert_same(path, {"w": weight})
-        assert not target.exists()
+        for where in ({"state_dict": {"w": weight, "bad": bad}}, {"w": weight, "callbacks": [bad]}):
+            check_refused(save(where), "which no weights need")
+            assert not target.exists()
     pickle.loads(pickle.dumps(harmful(target)[1]))
     assert target.exists()  # they would do harm if they were
 
 
 def test_a_pickle_at_the_top_is_not_executed(save, tmp_path):
     for bad in harmful(tmp_path / "made"):
-        check_refused(save(bad), "it holds no dict of tensors")
+        check_refused(save(bad), "its pickle calls")
     assert not (tmp_path / "made").exists()
+    check_refused(save([torch.ones(2)]), "it holds no dict of tensors")
+
+
+class Callback:
+    """As a trainer keeps beside the weights."""
+
+    def __init__(self, monitor: Any):
+        self.monitor = monitor
+
+
+def test_a_name_that_is_unknown_is_never_called(save, tmp_path):
+    """Whatever is not refused by its name does nothing either."""
+    target, weight = tmp_path / "made", torch.ones(2)
+    unlisted = (
+        Harmful(tempfile.mkdtemp, "", "made", str(tmp_path)),
+        Harmful(pathlib.Path.mkdir, target),
+        Harmful(eval_by_another_name, f"__import__('os').mkdir({str(target)!r})"),
+    )
+    for bad in unlisted:
+        assert_same(save({"w": weight, "callbacks": [bad]}), {"w": weight})
+        assert not any(path.is_dir() for path in tmp_path.iterdir())
+    assert_same(save({"w": weight, "callbacks": {Callback: Callback(3)}}), {"w": weight})
+
+
+def eval_by_another_name(text: str) -> Any:
+    return eval(text)
 
 
 @pytest.mark.parametrize("first", [0, 1, 2])
@@ -252,8 +286,8 @@ def test_tensors_beyond_their_storage_are_refused(tmp_path, offset, shape, strid
 def test_a_pickle_cannot_change_what_later_reads_use(tmp_path):
     """Its BUILD opcode sets attributes of what it names, those of a pair's second by setattr."""
     before = np.dtype(np.float32).byteorder
-    names = (b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"cos\nsystem\n",
-             b"ccollections\nOrderedDict\n")  # fmt: skip
+    names = (b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n",
+             b"ctrainer\nCallback\n", b"ccollections\nOrderedDict\n")  # fmt: skip
     states = (
         b"(I3\nV>\nNNNI-1\nI-1\nI0\nt",
         b"(N(dV__call__\nI1\nsV__defaults__\nI1\nst",
