@@ -88,9 +88,10 @@ def test_scale_factor_is_one_over_the_latents_deviation(trained_workdir, smoke_c
 
 
 def test_stopped_and_resumed_is_bit_identical(trained_workdir, smoke_config, tmp_path):
-    # It asks before every stage, after every step and before pictures: stops at step 1 of the first
-    # stage (between two checkpoints), then at step 3 of the second.
-    for calls in (2, 9):
+    # It asks before every stage, after every step, and in evaluations before the second batch and
+    # the pictures: stops at step 1 of the first stage (between two checkpoints), then at step 3 of
+    # the second.
+    for calls in (2, 10):
         assert not train(smoke_config, tmp_path, stop_after(calls))
     assert checkpoints.latest_step(tmp_path / "first_stage") == 4
     assert checkpoints.latest_step(tmp_path / "diffusion") == 3
