@@ -1,12 +1,12 @@
 r"""What the training loop costs beside its train steps, and how long it waits for data.
 
-  python benchmarks/loop.py [--steps=200] [--rounds=3] [--out=benchmarks/results/loop.json]
+  python benchmarks/loop.py [--steps=400] [--rounds=3] [--out=benchmarks/results/loop.json]
 
 Both stages of configs/txt2img.py's digits. On one side the program as `train` runs it: steps that
 are not finite are kept out, figures looked at and logged, signals and other processes asked,
-checkpoints written with the digests of all arrays. On the other the bare step: the same function,
-compiled alone, on the same batches, and nothing else. They take turns, a round each, in one
-process.
+checkpoints written, every 200 steps, with the digests of all arrays. On the other the bare step:
+the same function, compiled alone, on the same batches, and nothing else. They take turns, a round
+each, in one process.
 """
 
 import argparse
@@ -100,7 +100,6 @@ def loop_steps(config: Any, name: str, workdir: pathlib.Path, steps: int) -> tup
     last = checkpoints.latest_step(workdir / name) or 0
     config = config.copy_and_resolve_references()
     config.stages = (name,)
-    config.checkpoint_every = steps // 2  # much more often than by default
     asked = itertools.count()  # before the stage, then after each step
     assert not train(config, workdir, lambda: next(asked) >= steps)
     rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
@@ -113,7 +112,7 @@ def loop_steps(config: Any, name: str, workdir: pathlib.Path, steps: int) -> tup
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
