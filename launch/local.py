@@ -25,9 +25,9 @@ from typing import IO, NoReturn
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 COMMANDS = ("train", "encode", "evaluate")
-# For the others to end after one has, which they do within half a minute and say why; then SIGTERM,
-# then SIGKILL.
-GRACE_SECONDS = 45.0
+# For the others to end after one has, which they do within 45 s and say why; then SIGTERM, then
+# SIGKILL.
+GRACE_SECONDS = 60.0
 KILL_SECONDS = 10.0
 PORTS = range(20000, 32768)
 # What gloo says of each connection. Its threads mix their lines, which they write piece by piece.

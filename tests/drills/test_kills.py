@@ -62,9 +62,9 @@ def kill_at_random(run, workdir, rng, processes):
 def check_last_words(said, victim, before):
     """Of a launcher with two processes, one of which was killed, having said `before`."""
     assert said.endswith(f"process {victim} of 2 ended with signal SIGKILL\n"), said
-    met = "workdir: " in before  # before that there is nothing to lose
-    if victim == 0 and met:
-        assert re.search(r"^\[1\] error: process 1 of 2 has lost process 0 at ", said, re.M), said
+    words = ("process 1 of 2 has lost process 0 at ", "process 1 of 2 has said nothing for 30 s")
+    if "workdir: " in before and "done: " not in said:  # there is something to lose
+        assert f"\n[{1 - victim}] error: {words[victim]}" in said, said
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_killed_runs_end_like_undisturbed_ones(tmp_path, data_dir, processes, ki
             last_step(workdir, stage)  # with the data's position
     print(f"\n{killed} kills; the rest ended at most {max(waited):.0f} s later")
     assert killed == kills, "it was done too early"
-    assert max(waited) < 60
+    assert max(waited) < 75
     assert_same(undisturbed, workdir, STEPS)
 
 
