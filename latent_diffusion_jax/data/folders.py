@@ -16,12 +16,13 @@ from latent_diffusion_jax.data.patience import RecordError
 from latent_diffusion_jax.runtime import images
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.files import check_ordinary
-from latent_diffusion_jax.runtime.texts import check_text
+from latent_diffusion_jax.runtime.texts import check_text, escaped
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TRAIN, TEST = "train", ("test", "validation", "valid", "val")  # subfolders that are splits
 CAPTION_COLUMNS = ("file_name", "text")
 MAX_CAPTION, MAX_TABLE = 2**20, 2**32  # bytes of a .txt file, and of a metadata.jsonl
+SHOWN = 200  # characters of what a table has in place of the columns that it should have
 # What is the matter with one file. All else (EIO, ESTALE, EMFILE, ...) may be over soon.
 FILE_ERRORS = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM),
@@ -164,8 +165,9 @@ def _captions(folder: pathlib.Path, captioned: bool) -> list[tuple[pathlib.Path,
     if without:
         raise UserError(
             f"{len(without)} of {len(pairs) + len(without)} images in {folder} have no caption, "
-            f"the first is {without[0].relative_to(folder)}: expected {without[0].stem}.txt "
-            "beside it, or a metadata.jsonl (data.caption_key='' is for images without captions)"
+            f"the first is {escaped(str(without[0].relative_to(folder)))}: expected "
+            f"{escaped(without[0].stem)}.txt beside it, or a metadata.jsonl (data.caption_key='' "
+            "is for images without captions)"
         )
     return pairs
 
@@ -202,8 +204,8 @@ def _read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
         missing = [column for column in CAPTION_COLUMNS if column not in columns]
         if missing:
             raise UserError(
-                f"{where}: no column {' and '.join(missing)}; found {', '.join(columns)}, "
-                f"expected {', '.join(CAPTION_COLUMNS)}"
+                f"{where}: no column {' and '.join(missing)}; found "
+                f"{escaped(', '.join(columns))[:SHOWN]}, expected {', '.join(CAPTION_COLUMNS)}"
             )
         texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
         if not texts or not all(isinstance(text, str) for text in texts):
