@@ -1,5 +1,7 @@
 """Images of any size through an autoencoder, tiled or not, from Python and by the command."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -63,6 +65,9 @@ def test_what_does_not_fit_is_named(trained_workdir, tmp_path):
         autoencoding.load(trained_workdir, tile=64, overlap=64)
     with pytest.raises(UserError, match=r"cannot read image .*none\.png: No such file"):
         reconstruct(str(trained_workdir), str(tmp_path / "none.png"), "x.png")
+    os.mkfifo(tmp_path / "pipe.png")  # to be read from for ever
+    with pytest.raises(UserError, match=r"cannot read image .*pipe\.png: it is no ordinary file"):
+        reconstruct(str(trained_workdir), str(tmp_path / "pipe.png"), "x.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(UserError, match=r"cannot read image .*broken\.png"):
         reconstruct(str(trained_workdir), str(tmp_path / "broken.png"), "x.png")
