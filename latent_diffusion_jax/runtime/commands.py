@@ -27,6 +27,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import ml_collections
 from absl import app, flags
 
@@ -121,6 +122,8 @@ def _as_one_of_several(main: Callable[[], None]) -> None:
         distributed.fail(described(error), error.status)
     except KeyboardInterrupt:
         distributed.fail("interrupted", 128 + signal.SIGINT)
+    except jax.errors.JaxRuntimeError as error:
+        distributed.fail_without_others(error, described(error), UNEXPECTED)
     except Exception as error:
         distributed.fail(described(error), UNEXPECTED)
     except SystemExit:

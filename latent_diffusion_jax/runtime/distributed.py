@@ -39,6 +39,11 @@ NOT_MET = 75  # status where processes did not meet, or one is lost (EX_TEMPFAIL
 LEAVE_SECONDS = 10.0  # that one which has failed waits for the others to notice
 WAIT_SECONDS = 30 * 24 * 3600  # that one which is done waits for the others, if they live
 
+# What JAX says where devices lose those of another process, by gloo, NCCL or between slices.
+LOST_DEVICES = re.compile(
+    r"gloo|nccl|megascale|connection|socket|peer|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE
+)
+
 # Keys: the number of a process.
 FAILED = "latent_diffusion_jax/failed/"  # values: what it says
 ALIVE = "latent_diffusion_jax/alive/"  # values: how often it has said so
@@ -207,6 +212,22 @@ def fail(message: str, status: int) -> NoReturn:
                 os._exit(status)
         _say(f"process {process} of {num_processes()}: {message}")
     _exit(status)
+
+
+def fail_without_others(error: Exception, message: str, status: int) -> NoReturn:
+    """`fail` for an error of JAX's, which may be there as another process is gone.
+
+    Devices may notice before `_watch` does, which is then given the time to say who it is.
+
+    Args:
+      error: JAX's.
+      message: where no process is gone.
+      status: then; `NOT_MET` where the connection between devices is lost nevertheless.
+    """
+    if LOST_DEVICES.search(str(error)):
+        time.sleep(SILENT_SECONDS + 3 * ALIVE_SECONDS)
+        status = NOT_MET
+    fail(message, status)
 
 
 def _watch() -> None:
