@@ -218,6 +218,29 @@ def test_one_that_says_nothing_any_more_is_named(name):
     assert said.startswith("error: process 1 of 2 has said nothing for 2 s: it was killed or hangs")
 
 
+def test_one_whose_devices_are_lost_first_is_named_too():
+    """An error of devices' connections, which come to know of it before anybody is missed."""
+    main = f"""
+    if me == 1: os.kill(os.getpid(), signal.SIGKILL)
+    raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
+    {WAIT}"""
+    first, second = start(main, "distributed.SILENT_SECONDS, distributed.ALIVE_SECONDS = 2.0, 0.5")
+    assert first.wait(timeout=60) == distributed.NOT_MET
+    (_, errors), _ = ends([first, second])
+    (said,) = [line for line in errors if line.startswith("error: ")]
+    assert said.startswith("error: process 1 of 2 has said nothing for 2 s: it was killed or hangs")
+
+
+@pytest.mark.parametrize(("why", "status"), [("Gloo all-reduce failed", 75), ("a bug", 1)])
+def test_an_error_of_jax_is_said_where_nobody_is_lost(why, status):
+    main = f"if me == 1: raise jax.errors.JaxRuntimeError('UNKNOWN: {why}')\n    {WAIT}"
+    short = "distributed.SILENT_SECONDS, distributed.ALIVE_SECONDS = 2.0, 0.5"
+    outcomes = ends(start(main, short))
+    assert [found for found, _ in outcomes] == [status, status]
+    said = [line for _, lines in outcomes for line in lines if why in line]
+    assert said[0].startswith(f"error: process 1 of 2: unexpected JaxRuntimeError: UNKNOWN: {why}")
+
+
 def test_one_that_hangs_is_left_by_jax_too():
     """Where the first process itself does not look."""
     hangs = "if me == 1: os.kill(os.getpid(), signal.SIGSTOP)"
