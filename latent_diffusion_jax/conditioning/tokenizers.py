@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from latent_diffusion_jax.runtime.errors import StorageError, UserError
+from latent_diffusion_jax.runtime.texts import first_line
 
 PAD, START, END = "[PAD]", "[CLS]", "[SEP]"
 JSON_FILE = "tokenizer.json"
@@ -278,8 +279,7 @@ def _load_pretrained(
             length=max_length,
         )
     except Exception as error:  # the libraries raise plain Exception
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read the tokenizer in {folder}: {reason}") from error
+        raise UserError(f"cannot read the tokenizer in {folder}: {first_line(error)}") from error
     size = backend.get_vocab_size()
     if size < MIN_VOCABULARY:
         raise UserError(f"the tokenizer in {folder} is empty: it has {size} tokens")

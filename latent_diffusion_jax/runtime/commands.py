@@ -123,7 +123,7 @@ def _as_one_of_several(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         distributed.fail("interrupted", 128 + signal.SIGINT)
     except jax.errors.JaxRuntimeError as error:
-        distributed.fail_without_others(error, described(error), UNEXPECTED)
+        distributed.fail_unless_one_is_lost(error, described(error), UNEXPECTED)
     except Exception as error:
         distributed.fail(described(error), UNEXPECTED)
     except SystemExit:

@@ -214,7 +214,7 @@ def fail(message: str, status: int) -> NoReturn:
     _exit(status)
 
 
-def fail_without_others(error: Exception, message: str, status: int) -> NoReturn:
+def fail_unless_one_is_lost(error: Exception, message: str, status: int) -> NoReturn:
     """`fail` for an error of JAX's, which may be there as another process is gone.
 
     Devices may notice before `_watch` does, which is then given the time to say who it is.

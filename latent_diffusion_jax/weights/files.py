@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from latent_diffusion_jax.runtime.errors import StorageError, UserError
 from latent_diffusion_jax.runtime.files import check_ordinary
+from latent_diffusion_jax.runtime.texts import first_line
 from latent_diffusion_jax.weights import torch_files
 from latent_diffusion_jax.weights.torch_files import FormatError
 
@@ -75,9 +76,8 @@ def read(
     except FormatError as error:
         raise UserError(f"cannot read {what} {path}: {error}") from error
     except Exception as error:  # a damaged pickle raises anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"cannot read {what} {path}: it is damaged or cut short ({reason})"
+            f"cannot read {what} {path}: it is damaged or cut short ({first_line(error)})"
         ) from error
     return tensors
 
