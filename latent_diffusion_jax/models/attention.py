@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from latent_diffusion_jax.models.dot_product_attention import dot_product_attention
 from latent_diffusion_jax.models.layers import Dense, GroupNorm, conv
+from latent_diffusion_jax.runtime import context_mesh
 
 
 class Attention(nn.Module):
@@ -43,9 +44,20 @@ class GEGLU(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
-        h = Dense(2 * self.multiplier * width, dtype=self.dtype, name="proj_in")(x)
-        h, gate = jnp.split(h, 2, axis=-1)
-        h = h * nn.gelu(gate, approximate=False)
+        inner = self.multiplier * width
+        parts = context_mesh.gated_parts(inner)
+        project = Dense
+        if parts > 1:  # weights are moved, of which there are fewer than of what they make
+
+            def paired(params: Any) -> Any:
+                return jax.tree.map(
+                    lambda leaf: context_mesh.pair_halves(leaf.astype(self.dtype)), params
+                )
+
+            project = nn.map_variables(Dense, "params", paired, init=self.is_initializing())
+        h = project(2 * inner, dtype=self.dtype, name="proj_in")(x)
+        h, gate = jnp.split(h.reshape(*x.shape[:-1], parts, -1), 2, axis=-1)
+        h = (h * nn.gelu(gate, approximate=False)).reshape(*x.shape[:-1], inner)
         return Dense(width, dtype=self.dtype, name="proj_out")(h)
 
 

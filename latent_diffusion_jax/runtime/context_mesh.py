@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from latent_diffusion_jax.runtime.sharding import AXES
@@ -73,3 +74,57 @@ def split_over_mesh(
         axis_names=set(sizes),
         check_vma=False,  # Pallas' kernels do not say over which axes their results differ
     )
+
+
+def gated_parts(width: int) -> int:
+    """Into how many parts the tensor axis splits each half of a gated layer's outputs.
+
+    Args:
+      width: of a half.
+
+    Returns:
+      1 without a mesh in context, and where the parts would not be alike.
+    """
+    (axis,) = HEADS_AXES
+    parts = _sizes().get(axis, 1)
+    return parts if parts % 2 == 0 and width % parts == 0 else 1
+
+
+def pair_halves(x: jax.Array) -> jax.Array:
+    """The values of two halves in the order in which devices need them to multiply the halves.
+
+    Split over the tensor axis, the first half of a gated layer's weights is on other devices than
+    the second. What comes from here is split as before, and each device has the parts of both that
+    belong together.
+
+    Args:
+      x: [.., 2 * width], `gated_parts(width)` = n > 1.
+
+    Returns:
+      [.., 2 * width]: part 0 of the first half, part 0 of the second, part 1 of the first, and so
+      on to part n - 1.
+    """
+    (axis,) = HEADS_AXES
+    parts = _sizes()[axis]
+    lower, upper = range(parts // 2), range(parts // 2, parts)
+    # Device i has parts 2i and 2i + 1 of all 2n, and needs i and n + i. In each round all devices
+    # send and receive one: those of even number first what is of the first half. Of two devices
+    # each keeps the first.
+    first_round = [(i, 2 * i) for i in lower] + [(i, 2 * i + 1 - parts) for i in upper]
+    second_round = [(i, 2 * i + 1) for i in lower] + [(i, 2 * i - parts) for i in upper]
+
+    def exchanged(own: jax.Array) -> jax.Array:
+        index = jax.lax.axis_index(axis)
+        in_order = index < parts // 2
+        even, odd = jnp.split(own, 2, axis=-1)
+        one = jnp.where(in_order, even, odd)
+        if parts > 2:
+            one = jax.lax.ppermute(one, axis, first_round)
+        two = jax.lax.ppermute(jnp.where(in_order, odd, even), axis, second_round)
+        is_even = index % 2 == 0
+        return jnp.concatenate(
+            [jnp.where(is_even, one, two), jnp.where(is_even, two, one)], axis=-1
+        )
+
+    spec = P(*(None,) * (x.ndim - 1), axis)
+    return jax.shard_map(exchanged, in_specs=spec, out_specs=spec, axis_names={axis})(x)

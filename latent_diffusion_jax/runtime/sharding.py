@@ -25,7 +25,7 @@ BATCH = P(("data", "fsdp"))
 # (pattern searched in a leaf's name, dimension that the tensor axis splits), first match wins.
 # Negative dimensions count from the end. Projections into heads split their outputs, projections
 # out of them their inputs, so that attention needs one reduction. A GEGLU multiplies two halves of
-# its projection, which lie on different devices then: one of them is moved.
+# its projection, whose weights lie on different devices then (see `context_mesh.pair_halves`).
 TENSOR_RULES = (
     (r"/to_[qkv]/dense/kernel$", -1),
     (r"/to_out/dense/kernel$", -2),

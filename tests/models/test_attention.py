@@ -1,6 +1,11 @@
 """The blocks around attention, against numpy in float64 and by their properties."""
 
+import functools
+import math
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -12,6 +17,7 @@ from latent_diffusion_jax.models.attention import (
     PixelAttention,
     SpatialTransformer,
 )
+from latent_diffusion_jax.runtime import sharding
 from tests.plain_attention import normal, plain_attention
 
 
@@ -47,6 +53,36 @@ def test_geglu_equals_torch(random_params):
     np.testing.assert_allclose(
         geglu.apply({"params": params}, x), project(params, "proj_out", hidden), rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("sizes", [(4, 1, 2), (1, 1, 8), (2, 2, 2)])  # data, fsdp, tensor
+def test_geglu_split_over_devices_moves_weights_alone(random_params, sizes):
+    x = normal(11, 8, 16, 64)
+    geglu = GEGLU()
+    params = {"ff": random_params(geglu, x)}
+
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(params, x):
+        params = sharding.gathered(params, x.dtype)["ff"]
+        return jnp.sum(geglu.apply({"params": params}, x) ** 2)
+
+    expected = jax.jit(gradients)(params, x)
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
+    places = sharding.state_sharding(params, mesh), sharding.batch_sharding(mesh)
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(geglu.init, jax.random.key(0), x)["params"]
+        step = jax.jit(gradients, in_shardings=places, out_shardings=places)
+        program = step.lower(params, x).compile()
+        found = program(*jax.device_put((params, x), places))
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, params["ff"])
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+    text, (_, fsdp, tensor) = program.as_text(), sizes
+    moved = re.findall(r"= f32\[([\d,]*)\]\S* collective-permute\(", text)
+    # One half of what a device has of the bias, and of the kernel.
+    halves = {512 // tensor // 2, 64 * 512 // tensor // 2}
+    assert {math.prod(map(int, size.split(","))) for size in moved} == halves
+    assert "all-to-all" not in text and ("all-gather" in text) == (fsdp > 1)
 
 
 @pytest.mark.parametrize("attended", [True, False])

@@ -107,7 +107,7 @@ def test_split_parameters_are_gathered_and_nothing_else_is_moved(program):
     assert found.keys() == {"all-gather", "all-reduce"}
 
 
-def test_the_tensor_axis_takes_sums_of_activations_and_the_halves_of_gates():
+def test_the_tensor_axis_takes_sums_of_activations_and_the_weights_of_gates():
     """Nothing else is moved along it, and along other axes what is without it."""
     found, params, mesh = collectives("diffusion", data=2, fsdp=2, tensor=2)
     check_gathers(found, params, mesh)
@@ -115,6 +115,12 @@ def test_the_tensor_axis_takes_sums_of_activations_and_the_halves_of_gates():
     used = {group for group, _, _ in found["all-reduce"]}
     assert used & along_tensor
     assert used <= along_tensor | groups_over(mesh, "data", "fsdp")
-    for kind in found.keys() - {"all-gather", "all-reduce"}:
-        for group, op_name, _ in found[kind]:
-            assert group in along_tensor and "/ff/" in op_name, (kind, op_name)
+    assert found.keys() == {"all-gather", "all-reduce", "collective-permute"}
+    gates = {  # one half of what each of two devices has
+        math.prod(leaf.shape) // 4
+        for name, leaf in params.items()
+        if re.search("/ff/proj_in/dense/(kernel|bias)$", name)
+    }
+    for group, op_name, large in found["collective-permute"]:
+        assert group in along_tensor and op_name.endswith("/ff/shard_map/ppermute"), op_name
+        assert set(large) <= gates
