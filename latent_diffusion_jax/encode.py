@@ -31,7 +31,7 @@ from latent_diffusion_jax.config_checks import check_config
 from latent_diffusion_jax.data import latents
 from latent_diffusion_jax.data.encoding import Split, encode_shards, views
 from latent_diffusion_jax.first_stages import FirstStage
-from latent_diffusion_jax.runtime import checkpoints, distributed, loggers, sharding
+from latent_diffusion_jax.runtime import checkpoints, loggers, processes, sharding
 from latent_diffusion_jax.runtime.commands import StopRequest, differences, run
 from latent_diffusion_jax.runtime.compilation import compiler_options
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
@@ -83,7 +83,7 @@ def encode_dataset(
     with as_user_error("the config does not fit the networks"):
         check_config(config)
     first_stages.check_same_network(config, first_stage, pathlib.Path(origin))
-    processes, process = jax.process_count(), jax.process_index()
+    count, process = jax.process_count(), jax.process_index()
     # A process works with its own devices, so that none has to wait for another.
     devices = jax.local_devices()
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, devices)
@@ -115,7 +115,7 @@ def encode_dataset(
         )
         shards = [
             i
-            for i in range(process, split.num_shards, processes)
+            for i in range(process, split.num_shards, count)
             if not latents.shard_path(out, split.name, i, split.num_shards).exists()
         ]
         stopped = not encode_shards(
@@ -127,11 +127,11 @@ def encode_dataset(
         if stopped:
             break
     # All come here, also those that were done before the others were asked to stop.
-    if distributed.highest(stopped):
+    if processes.highest(stopped):
         return False
     if process == 0:
         finish(out, index, splits, config.data.max_damaged_share)
-    distributed.wait_for_all("finished")
+    processes.wait_for_all("finished")
     return True
 
 
@@ -182,7 +182,7 @@ def begin(out: pathlib.Path, index: dict[str, Any]) -> bool:
                 f"{out} holds latents of other settings; they differ in {different}. "
                 "Take another --out, or delete that folder"
             )
-    distributed.wait_for_all("compared")  # all have looked before the first one writes
+    processes.wait_for_all("compared")  # all have looked before the first one writes
     try:
         out.mkdir(parents=True, exist_ok=True)
         if found is None and jax.process_index() == 0:
@@ -294,7 +294,7 @@ def main() -> None:
             shard_size=FLAGS.shard_size,
             should_stop=stop,
         )
-    status = distributed.highest(stop.exit_status)
+    status = processes.highest(stop.exit_status)
     if not finished:
         sys.exit(status)
     if jax.process_index() == 0:

@@ -40,7 +40,7 @@ from latent_diffusion_jax.evaluation.precision_recall import precision_recall
 from latent_diffusion_jax.evaluation.prompt_accuracy import balanced_prompts, fit_reader
 from latent_diffusion_jax.evaluation.psnr import psnr
 from latent_diffusion_jax.evaluation.real_images import grey_features, read_split
-from latent_diffusion_jax.runtime import checkpoints, distributed, images, loggers, sharding
+from latent_diffusion_jax.runtime import checkpoints, images, loggers, processes, sharding
 from latent_diffusion_jax.runtime.commands import run
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.images import to_float
@@ -77,7 +77,7 @@ def reconstruct(pipe: pipelines.Pipeline, pixels: np.ndarray) -> np.ndarray:
     found = []
     for start in range(0, len(pixels), shape[0]):
         rows = np.minimum(np.arange(start, start + shape[0]), len(pixels) - 1)
-        batch = images.to_uint8(distributed.fetch(there_and_back(pipe.params, pixels[rows])))
+        batch = images.to_uint8(processes.fetch(there_and_back(pipe.params, pixels[rows])))
         found.append(batch[: len(pixels) - start])
     return np.concatenate(found)
 

@@ -21,7 +21,7 @@ from latent_diffusion_jax.models.autoencoder import (
     AutoencoderVQ,
     param_shapes,
 )
-from latent_diffusion_jax.runtime import checkpoints, distributed, sharding, trees
+from latent_diffusion_jax.runtime import checkpoints, processes, sharding, trees
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.images import to_float
 from latent_diffusion_jax.training.loop import in_order
@@ -90,7 +90,7 @@ def open_first_stage(path: str | pathlib.Path, mesh: jax.sharding.Mesh | None = 
         return _open_workdir(workdir, step, mesh)
     loaded = autoencoders.load(path)
     network = build.AUTOENCODERS[loaded.kind](**loaded.fields)
-    params = distributed.put(loaded.params, sharding.state_sharding(loaded.params, mesh))
+    params = processes.put(loaded.params, sharding.state_sharding(loaded.params, mesh))
     scale = loaded.scaling_factor
     return FirstStage(loaded.kind, loaded.fields, network, params, scale, None)
 
@@ -129,7 +129,7 @@ def load_frozen(
     scale = np.float32(found.scale_factor)
     return {
         "autoencoder": found.params,
-        "scale_factor": distributed.put(scale, sharding.replicated(mesh)),
+        "scale_factor": processes.put(scale, sharding.replicated(mesh)),
     }
 
 
@@ -181,7 +181,7 @@ def adopt(config: ConfigDict, workdir: pathlib.Path, params: Any, scale_factor: 
     as_json["first_stage"]["ema_decay"] = 0.0  # these are the weights to work with
     items = {"config": as_json, "info": {"scale_factor": scale_factor}}
     everywhere = sharding.replicated(jax.tree.leaves(params)[0].sharding.mesh)
-    step = distributed.put(np.int32(0), everywhere)
+    step = processes.put(np.int32(0), everywhere)
     state = State(step, {"autoencoder": params}, None, None)
     with checkpoints.open_manager(workdir / "first_stage", create=True) as manager:
         checkpoints.save(manager, config.first_stage.num_steps, state, items)
@@ -194,7 +194,7 @@ def encoder_fingerprint(params: Any) -> str:
     digest = hashlib.sha256()
     for part in ENCODER:
         for name, leaf in sorted(trees.flatten_names(params[part]).items()):
-            array = distributed.fetch(leaf)
+            array = processes.fetch(leaf)
             array = np.ascontiguousarray(array, np.dtype(np.float32).newbyteorder("<"))
             digest.update(f"{part}/{name} {array.shape}".encode())
             digest.update(array.tobytes())

@@ -23,8 +23,8 @@ from latent_diffusion_jax.conditioning.tokenizers import PromptTokenizer
 from latent_diffusion_jax.diffusion.plan import Plan
 from latent_diffusion_jax.ldm import LatentDiffusion
 from latent_diffusion_jax.loaded_model import Model, with_settings
-from latent_diffusion_jax.runtime import distributed, sharding
 from latent_diffusion_jax.runtime import images as pictures
+from latent_diffusion_jax.runtime import processes, sharding
 from latent_diffusion_jax.runtime.compilation import compiler_options, use_persistent_cache
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.images import Picture
@@ -41,7 +41,7 @@ class Pipeline:
     def __init__(self, model: Model):
         devices = jax.devices()
         self._mesh = sharding.make_mesh({"data": len(devices), "fsdp": 1, "tensor": 1}, devices)
-        placed = distributed.put(model.params, sharding.replicated(self._mesh))
+        placed = processes.put(model.params, sharding.replicated(self._mesh))
         self.model = dataclasses.replace(model, params=placed)
         self._programs: dict[tuple[int, int, int], Any] = {}
         self._compiled: set[Any] = set()
@@ -252,21 +252,21 @@ class Pipeline:
         for start in range(0, count, most):
             # The last batch is filled up, so that all run the one program.
             chosen = np.minimum(np.arange(start, start + most), count - 1)
-            batch = distributed.put(_rows(rows, chosen), split)
+            batch = processes.put(_rows(rows, chosen), split)
             for name, value in shared.items():
                 if name in ("image", "mask"):
-                    value = distributed.put(np.repeat(value[None], most, axis=0), split)
+                    value = processes.put(np.repeat(value[None], most, axis=0), split)
                 batch[name] = value
             request = Request(**batch)
-            found, steps = self._run(program, request, distributed.put(plan, same), size)
-            images = distributed.fetch(found)
+            found, steps = self._run(program, request, processes.put(plan, same), size)
+            images = processes.fetch(found)
             if not np.isfinite(images).all():
                 raise UserError(
                     "what the model drew is no picture, but not finite: its weights are damaged, "
                     f"or too large for {np.dtype(self.ldm.unet.dtype).name}"
                 )
             drawn.append(pictures.to_uint8(images)[: count - start])
-            shown.append(pictures.to_uint8(distributed.fetch(steps))[:, : count - start])
+            shown.append(pictures.to_uint8(processes.fetch(steps))[:, : count - start])
         return np.concatenate(drawn), np.concatenate(shown, axis=1)
 
     def _run(self, program: Any, request: Request, plan: Plan, size: tuple[int, int]) -> Any:
@@ -287,7 +287,7 @@ class Pipeline:
 
 
 def _tell(text: str) -> None:
-    if distributed.process_index() == 0:
+    if processes.process_index() == 0:
         print(text, file=sys.stderr)
 
 

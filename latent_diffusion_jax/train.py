@@ -37,6 +37,7 @@ from latent_diffusion_jax.runtime import (
     distributed,
     locks,
     loggers,
+    processes,
     sharding,
     trees,
 )
@@ -107,7 +108,7 @@ def train(
     check_workdir(as_json, workdir)
     sections = {"first_stage": config.get("first_stage"), "diffusion": config}
     last = {name: checkpoints.latest_step(workdir / name) or 0 for name in config.stages}
-    distributed.agreed({f"the last checkpoint of {name}": step for name, step in last.items()})
+    processes.agreed({f"the last checkpoint of {name}": step for name, step in last.items()})
     unfinished = [name for name in config.stages if last[name] < sections[name].num_steps]
     for name in config.stages:
         if name not in unfinished:
@@ -148,7 +149,7 @@ def train(
         raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from error
     main_process = jax.process_index() == 0
     with locks.alone_in(workdir) if main_process else contextlib.nullcontext():
-        if distributed.num_processes() > 1:
+        if processes.num_processes() > 1:
             use_persistent_cache(workdir / "compiled")  # which all of them see
         shared = loop.Run(
             workdir=workdir,
@@ -172,7 +173,7 @@ def train(
         if start is not None and "first_stage" not in unfinished:
             adopt_first_stage(shared, config, start)
         for name in unfinished:
-            if distributed.highest(should_stop()):
+            if processes.highest(should_stop()):
                 logging.info(
                     "stopped before the stage %s; the same command goes on from there", name
                 )
@@ -317,7 +318,7 @@ def train_first_stage(
         build.example_maker(config),
         batch_size=section.batch_size,
         num_steps=section.num_steps,
-        frozen=distributed.put(perceptual, sharding.replicated(shared.mesh)),
+        frozen=processes.put(perceptual, sharding.replicated(shared.mesh)),
         at_start=at_start,
         at_end=at_end,
         keep_best=section.keep_best,
@@ -355,7 +356,7 @@ def train_diffusion(
         if jax.process_index() == 0:
             conditions.adopt_clip(shared.workdir, parts)
         shardings = sharding.state_sharding(parts.clip.params, shared.mesh)
-        frozen["conditioner"] = distributed.put(parts.clip.params, shardings)
+        frozen["conditioner"] = processes.put(parts.clip.params, shardings)
 
     def at_start(state: State) -> State:
         if given is None:
@@ -392,7 +393,7 @@ def main() -> None:
     with StopRequest(FLAGS.config.get("grace_seconds", 0.0)) as stop:
         compiled = pathlib.Path(FLAGS.compiled).expanduser() if FLAGS.compiled else None
         finished = train(FLAGS.config, FLAGS.workdir, stop, compiled)
-    status = distributed.highest(stop.exit_status)  # a signal may have reached one process
+    status = processes.highest(stop.exit_status)  # a signal may have reached one process
     sys.exit(0 if finished else status)
 
 

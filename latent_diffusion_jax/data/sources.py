@@ -19,7 +19,7 @@ from latent_diffusion_jax.data import digits, identity, photos
 from latent_diffusion_jax.data.folders import FolderSource
 from latent_diffusion_jax.data.patience import RecordError
 from latent_diffusion_jax.data.record_files import RecordFiles
-from latent_diffusion_jax.runtime import distributed
+from latent_diffusion_jax.runtime import processes
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.texts import check_text, first_line
 
@@ -100,7 +100,7 @@ def _open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     if name in BUNDLED:
         tfds.disable_progress_bar()
         with (
-            distributed.first_one_first(f"prepare {name}"),
+            processes.first_one_first(f"prepare {name}"),
             contextlib.redirect_stdout(io.StringIO()),  # TFDS speaks of a download
         ):
             builder = BUNDLED[name](data_dir=data_dir, file_format="array_record")

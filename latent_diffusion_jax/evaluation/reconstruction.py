@@ -22,7 +22,7 @@ from latent_diffusion_jax.evaluation.ssim import WINDOW, ssim
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.models.inception import InceptionV3
 from latent_diffusion_jax.models.lpips import LPIPS
-from latent_diffusion_jax.runtime import distributed, sharding
+from latent_diffusion_jax.runtime import processes, sharding
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.images import to_float
 
@@ -140,12 +140,12 @@ def _rows(
     read: Callable[[int], np.ndarray], num_images: int, batch_size: int, num_threads: int
 ) -> Iterator[np.ndarray]:
     """This process' rows of every batch; to be full, the last one goes beyond the last image."""
-    processes, process = jax.process_count(), jax.process_index()
+    count, process = jax.process_count(), jax.process_index()
     filled = -(-num_images // batch_size) * batch_size
 
-    batches = grain.MapDataset.range(filled).map(read).batch(batch_size // processes)
+    batches = grain.MapDataset.range(filled).map(read).batch(batch_size // count)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * batch_size)
-    return iter(batches[process::processes].to_iter_dataset(options))
+    return iter(batches[process::count].to_iter_dataset(options))
 
 
 def to_levels(images: jax.Array) -> jax.Array:
@@ -162,7 +162,7 @@ def _program(
 ) -> Program:
     """Original images uint8 [B, H, W, C], split over the mesh -> what `_Tally.add` takes."""
     split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    lpips_params, inception_params = distributed.put((lpips_params, inception_params), whole)
+    lpips_params, inception_params = processes.put((lpips_params, inception_params), whole)
 
     # Every process gets every image, so that all of them come to the same figures.
     @jax.jit
@@ -235,7 +235,7 @@ class _Tally:
         Raises:
           UserError: a reconstruction holds NaN or infinity.
         """
-        rows = {name: distributed.fetch(value)[:valid] for name, value in outputs.items()}
+        rows = {name: processes.fetch(value)[:valid] for name, value in outputs.items()}
         if not rows["finite"].all():
             raise UserError(
                 f"{np.sum(~rows['finite'])} of {valid} reconstructions are not finite numbers; the "

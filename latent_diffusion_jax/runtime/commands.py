@@ -31,7 +31,7 @@ import jax
 import ml_collections
 from absl import app, flags
 
-from latent_diffusion_jax.runtime import clusters, distributed, stopping
+from latent_diffusion_jax.runtime import clusters, distributed, processes, stopping
 from latent_diffusion_jax.runtime.compilation import use_persistent_cache
 from latent_diffusion_jax.runtime.errors import StorageError, UserError
 from latent_diffusion_jax.runtime.texts import printable
@@ -228,7 +228,7 @@ class StopRequest:
             self._end = threading.Timer(self._grace_seconds, self._give_up)
             self._end.daemon = True
             self._end.start()
-        if distributed.process_index() == 0:
+        if processes.process_index() == 0:
             name = signal.Signals(number).name
             text = f"\n{name}: finishing this step, then saving; once more to quit"
             # Whoever reads it may have got the signal too and be gone (`2>&1 | tee log`); and the
@@ -241,7 +241,7 @@ class StopRequest:
             f"not saved within the {self._grace_seconds:g} s of grace_seconds; the same command "
             "goes on from the last whole checkpoint"
         )
-        if distributed.num_processes() > 1:
+        if processes.num_processes() > 1:
             distributed.fail(message, StorageError.status)
         with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
             print(f"error: {message}", file=sys.stderr, flush=True)

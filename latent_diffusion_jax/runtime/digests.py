@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from latent_diffusion_jax.runtime import distributed
+from latent_diffusion_jax.runtime import processes
 from latent_diffusion_jax.runtime.trees import flatten_names
 
 STRIDE = 0x9E3779B2  # even: one more than a multiple of it is odd
@@ -52,7 +52,7 @@ def _of_parts(leaves: dict[str, jax.Array]) -> dict[str, int]:
     own = {
         name: sum(int(part[0]) for part in parts) for name, parts in jax.device_get(sums).items()
     }
-    gathered = distributed.gather(np.array([own[name] % 2**32 for name in leaves], np.uint32))
+    gathered = processes.gather(np.array([own[name] % 2**32 for name in leaves], np.uint32))
     totals = np.asarray(np.sum(gathered, axis=0, dtype=np.uint64))
     return {name: int(total) % 2**32 for name, total in zip(leaves, totals, strict=True)}
 

@@ -1,4 +1,4 @@
-"""Several processes as one program: how they connect, end together and share values.
+"""Several processes as one program: how they connect, and end together.
 
 Every process runs the same command. They connect before anything else is done with JAX. One that
 fails tells the others, which then stop too, instead of waiting for it.
@@ -16,18 +16,22 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from latent_diffusion_jax.runtime.clusters import Cluster
-from latent_diffusion_jax.runtime.errors import StorageError
+from latent_diffusion_jax.runtime.processes import (
+    connection,
+    num_processes,
+    process_index,
+    wait_for_all,
+)
 from latent_diffusion_jax.runtime.texts import first_line
 
 CONNECT_SECONDS = 300.0  # that processes wait for each other at the start
@@ -37,7 +41,6 @@ ALIVE_SECONDS = 3.0  # between signs of life
 WATCH_SECONDS = 0.5  # between looks whether another process has failed
 NOT_MET = 75  # status where processes did not meet, or one is lost (EX_TEMPFAIL): try again
 LEAVE_SECONDS = 10.0  # that one which has failed waits for the others to notice
-WAIT_SECONDS = 30 * 24 * 3600  # that one which is done waits for the others, if they live
 
 # What JAX says where devices lose those of another process, by gloo, NCCL or between slices.
 LOST_DEVICES = re.compile(
@@ -162,15 +165,6 @@ def _sum_over(mesh: Mesh, axes: tuple[str, ...]) -> Any:
     return jax.jit(jax.shard_map(total, mesh=mesh, in_specs=P(), out_specs=P()))
 
 
-def process_index() -> int:
-    """`jax.process_index()`, without starting JAX's backend; 0 before `connect`."""
-    return jax_distributed.global_state.process_id
-
-
-def num_processes() -> int:
-    return jax_distributed.global_state.num_processes
-
-
 # Ending together.
 
 _leaving = threading.Lock()  # held by the thread that ends this process, to its end
@@ -199,7 +193,7 @@ def fail(message: str, status: int) -> NoReturn:
       status: to exit with.
     """
     _leaving.acquire()  # if the others are why it fails, `_watch` ends it
-    client, process = _client(), process_index()
+    client, process = connection(), process_index()
     if process == 0:
         _say(message)
     # The first process is where all others get their messages from; without it they abort.
@@ -232,7 +226,7 @@ def fail_unless_one_is_lost(error: Exception, message: str, status: int) -> NoRe
 
 def _watch() -> None:
     """Ends this process when another one has failed, or says nothing any more."""
-    client, me = _client(), process_index()
+    client, me = connection(), process_index()
     others = range(1, num_processes())
     heard = {f"{ALIVE}{i}": ("", time.monotonic()) for i in others}  # last signs and their times
     next_sign, failures = 0.0, 0
@@ -289,7 +283,7 @@ def _listen(signs: dict[str, str], heard: dict[str, tuple[str, float]]) -> None:
 
 def _leave_together() -> None:
     with contextlib.suppress(RuntimeError):  # too late, or gone
-        _client().wait_at_barrier("latent_diffusion_jax/leaving", int(LEAVE_SECONDS * 1000))
+        connection().wait_at_barrier("latent_diffusion_jax/leaving", int(LEAVE_SECONDS * 1000))
 
 
 def _exit(status: int) -> NoReturn:
@@ -305,111 +299,3 @@ def _exit(status: int) -> NoReturn:
 def _say(message: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # whoever read it may be gone
         print(f"error: {message}", file=sys.stderr, flush=True)
-
-
-def _client() -> Any:
-    return jax_distributed.global_state.client
-
-
-# Sharing. All of these are called by all processes, in the same order; alone, they do nothing.
-
-
-_meetings = itertools.count()
-
-
-def wait_for_all(name: str) -> None:
-    """Waits until all processes have come here, however long that takes; devices do not."""
-    if num_processes() > 1:
-        where = f"latent_diffusion_jax/{name}/{next(_meetings)}"
-        _client().wait_at_barrier(where, int(WAIT_SECONDS * 1000))
-
-
-@contextlib.contextmanager
-def first_one_first(name: str) -> Iterator[None]:
-    """The others go through the block after the first process, and find what it has written."""
-    if process_index() != 0:
-        wait_for_all(name)
-    yield
-    if process_index() == 0:
-        wait_for_all(name)
-
-
-def gather(values: np.ndarray) -> np.ndarray:
-    """The values of all processes, one row for each."""
-    if num_processes() == 1:
-        return values[None]
-    wait_for_all("compare")  # devices would not wait for long
-    return np.asarray(multihost_utils.process_allgather(values))
-
-
-def agreed(values: Mapping[str, int]) -> None:
-    """Checks that all processes have found the same.
-
-    Args:
-      values: by what they are, such as steps of checkpoints.
-
-    Raises:
-      StorageError: they have not: they see different files, or one sees them late.
-    """
-    found = gather(np.array(list(values.values()), np.int64))
-    for name, of_all in zip(values, found.T, strict=True):
-        if len(set(of_all.tolist())) > 1:
-            raise StorageError(
-                f"the processes do not see the same files: {name} is "
-                f"{', '.join(f'{value} in process {i}' for i, value in enumerate(of_all))}; the "
-                "workdir must be one folder that all of them see; try again, if that is so"
-            )
-
-
-def highest(value: int) -> int:
-    """The highest of the processes' values."""
-    return value if num_processes() == 1 else int(np.max(gather(np.array(value))))
-
-
-def agree_to_stop(what: str, wanted: bool, step: int) -> bool:
-    """Whether all processes stop `what` after this step; nobody waits for an answer.
-
-    A process that wants to names the step after the next one. All see it in time: they ask after
-    each step, and have the results of the step before then, which need all processes.
-
-    Args:
-      what: is stopped, once.
-      wanted: by this process.
-      step: that was started last.
-    """
-    client, folder = _client(), f"latent_diffusion_jax/stop/{what}/"
-    if wanted:
-        with contextlib.suppress(RuntimeError):  # somebody has named one
-            client.key_value_set(f"{folder}step", str(step + 2))
-    return any(step >= int(value) for _, value in client.key_value_dir_get(folder))
-
-
-def fetch(array: Any) -> np.ndarray:
-    """A whole array on the host, also where its parts are on devices of several processes."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
-
-
-def put(tree: Any, shardings: Any) -> Any:
-    """`jax.device_put` of values that all processes have to devices of all processes.
-
-    JAX's own gathers the values of all processes first, to see that they are the same.
-
-    Args:
-      tree: of arrays.
-      shardings: one for all of them, or a tree of the same structure.
-    """
-    if isinstance(shardings, Sharding):
-        shardings = jax.tree.map(lambda _: shardings, tree)
-
-    def put_one(x: Any, sharding: Sharding) -> jax.Array:
-        if sharding.is_fully_addressable or (
-            isinstance(x, jax.Array) and not x.is_fully_addressable
-        ):
-            return jax.device_put(x, sharding)
-        host = np.asarray(x)
-        host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-    return jax.tree.map(put_one, tree, shardings)

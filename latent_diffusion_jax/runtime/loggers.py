@@ -14,7 +14,7 @@ import rich.console
 import rich.progress
 from absl import logging
 
-from latent_diffusion_jax.runtime import distributed
+from latent_diffusion_jax.runtime import processes
 from latent_diffusion_jax.runtime.errors import StorageError
 from latent_diffusion_jax.runtime.texts import escaped
 
@@ -30,7 +30,7 @@ class _Formatter(python_logging.Formatter):
     def format(self, record: python_logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         level = "" if record.levelno <= python_logging.INFO else f"{record.levelname.lower()}: "
-        process = distributed.process_index()
+        process = processes.process_index()
         who = f"process {process}: " if process else ""
         lines = [record.getMessage()]
         if not record.pathname.startswith(PACKAGE):  # ours say one thing in one line
@@ -63,7 +63,7 @@ def set_up_logging() -> None:
     verbose = "--verbose" in sys.argv[1:]
 
     def is_shown(record: python_logging.LogRecord) -> bool:
-        if distributed.process_index() and record.levelno < python_logging.ERROR:
+        if processes.process_index() and record.levelno < python_logging.ERROR:
             return getattr(record, "of_any_process", False)
         if record.pathname.startswith(PACKAGE):
             return True
@@ -75,7 +75,7 @@ def set_up_logging() -> None:
     handler.addFilter(is_shown)
     handler.setFormatter(_Formatter())
     handler.python_handler.setStream(_CurrentStderr())
-    logging.set_verbosity(logging.INFO if distributed.process_index() == 0 else logging.WARNING)
+    logging.set_verbosity(logging.INFO if processes.process_index() == 0 else logging.WARNING)
 
 
 class RunWriter:

@@ -17,7 +17,7 @@ from latent_diffusion_jax.diffusion.losses import (
 )
 from latent_diffusion_jax.diffusion.plan import Plan
 from latent_diffusion_jax.ldm import LatentDiffusion
-from latent_diffusion_jax.runtime import distributed, trees
+from latent_diffusion_jax.runtime import processes, trees
 from latent_diffusion_jax.runtime.images import to_float
 from latent_diffusion_jax.runtime.randomness import normal_per_key
 from latent_diffusion_jax.sampling import Draw, Request
@@ -151,7 +151,7 @@ def start_from(state: State, params: Any) -> State:
 
     def like(params: Any, own: Any) -> Any:
         return jax.tree.map(
-            lambda new, old: distributed.put(np.asarray(new, old.dtype), old.sharding), params, own
+            lambda new, old: processes.put(np.asarray(new, old.dtype), old.sharding), params, own
         )
 
     return dataclasses.replace(

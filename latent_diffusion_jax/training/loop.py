@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from latent_diffusion_jax.data import pipeline
 from latent_diffusion_jax.data.latents import LatentSource
 from latent_diffusion_jax.runtime import (
-    distributed,
     images,
     loggers,
+    processes,
     saved_programs,
     sharding,
 )
@@ -137,7 +137,7 @@ def train_stage(
         keeping = dataclasses.replace(run.keeping, best=keep_best)
         keeper = stack.enter_context(open_keeper(run.workdir / name, keeping))
         start_step = keeper.last()
-        distributed.agreed({f"the last checkpoint of {name}": start_step})
+        processes.agreed({f"the last checkpoint of {name}": start_step})
         info: dict[str, Any] = {}
         if start_step:
             state, position, info = keeper.restore(shapes, shardings)
@@ -173,7 +173,7 @@ def train_stage(
             totals: dict[str, float] = {}
             first, count = None, 0
             for batch, valid in batches:
-                if first is not None and distributed.highest(run.should_stop()):
+                if first is not None and processes.highest(run.should_stop()):
                     if step == num_steps:  # which is saved before the grace is over
                         logging.warning(
                             "%s: asked to stop: the last step is saved without figures of held-out "
@@ -190,7 +190,7 @@ def train_stage(
             keeper.evaluated(step, figures)
             shown = ", ".join(f"{metric} {value:.4g}" for metric, value in figures.items())
             logging.info("%s: step %d, held out: %s", name, step, shown)
-            if distributed.highest(run.should_stop()):  # pictures may take long
+            if processes.highest(run.should_stop()):  # pictures may take long
                 return True
             pictures = images.to_uint8(np.asarray(preview(state, first, preview_key)))
             grid = images.grid(pictures[:PREVIEW_IMAGES], PREVIEW_COLUMNS)
@@ -258,7 +258,7 @@ def train_stage(
         if 0 < step < num_steps and step % run.eval_every == 0:
             # A run that was ended between a checkpoint and its evaluation does it now.
             known = keeper.has_score(step) if keep_best else writer.has(step, "test")
-            if distributed.highest(is_main and not known):
+            if processes.highest(is_main and not known):
                 stopped = not evaluate(step)
         speed.restart(step)
         try:
@@ -290,7 +290,7 @@ def train_stage(
                 save(step, {})
         except DataError as error:
             # Of several processes the others do not know, and their devices wait for this one's.
-            alone = distributed.num_processes() == 1
+            alone = processes.num_processes() == 1
             if alone and saved < step < num_steps:
                 finish_steps()
                 read()
@@ -361,9 +361,9 @@ class _Ahead:
 
 def agree_to_stop(should_stop: Callable[[], bool], name: str, step: int) -> bool:
     """Whether to stop stage `name` after this step; all processes stop after the same one."""
-    if distributed.num_processes() == 1:
+    if processes.num_processes() == 1:
         return should_stop()
-    return distributed.agree_to_stop(name, should_stop(), step)
+    return processes.agree_to_stop(name, should_stop(), step)
 
 
 def described(source: pipeline.Examples) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from latent_diffusion_jax.runtime import distributed
+from latent_diffusion_jax.runtime import distributed, processes
 from tests import launcher
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -21,19 +21,19 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_alone_nothing_is_shared():
-    distributed.wait_for_all("x")
-    with distributed.first_one_first("x"):
+    processes.wait_for_all("x")
+    with processes.first_one_first("x"):
         pass
-    assert distributed.highest(7) == 7 and distributed.highest(True) is True
-    assert (distributed.process_index(), distributed.num_processes()) == (0, 1)
+    assert processes.highest(7) == 7 and processes.highest(True) is True
+    assert (processes.process_index(), processes.num_processes()) == (0, 1)
     tree = {"a": np.arange(8.0, dtype=np.float32), "b": jax.numpy.ones((8, 2), jax.numpy.bfloat16)}
     mesh = jax.make_mesh((8,), ("data",))
     split = jax.NamedSharding(mesh, jax.P("data"))
     for shardings in (split, {"a": split, "b": split}):
-        found = distributed.put(tree, shardings)
+        found = processes.put(tree, shardings)
         assert all(leaf.sharding == split for leaf in found.values())
         for name, leaf in tree.items():
-            np.testing.assert_array_equal(distributed.fetch(found[name]), np.asarray(leaf))
+            np.testing.assert_array_equal(processes.fetch(found[name]), np.asarray(leaf))
             assert found[name].dtype == leaf.dtype
 
 
@@ -43,20 +43,20 @@ PROGRAM = """
 import os, signal, sys, time
 import jax
 import numpy as np
-from latent_diffusion_jax.runtime import commands, distributed
+from latent_diffusion_jax.runtime import commands, distributed, processes
 from latent_diffusion_jax.runtime.errors import UserError
 
 me = int(os.environ["JAX_PROCESS_ID"])
 {before}
 
 def main():
-    distributed.wait_for_all("start")
+    processes.wait_for_all("start")
     {main}
 
 commands.run(main)
 """
 # Waits for the other process, which does not come.
-WAIT = "distributed.wait_for_all('end')"
+WAIT = "processes.wait_for_all('end')"
 
 
 def start(main: str, before: str = "", processes=(0, 1), **variables: str):
@@ -98,17 +98,17 @@ def run(main: str, before: str = "", **variables: str):
 
 def test_processes_share_values():
     main = """
-    assert (jax.process_count(), jax.device_count(), distributed.process_index()) == (2, 4, me)
-    assert distributed.highest(me * 3) == 3
+    assert (jax.process_count(), jax.device_count(), processes.process_index()) == (2, 4, me)
+    assert processes.highest(me * 3) == 3
     mesh = jax.make_mesh((4,), ("data",))
     split = jax.NamedSharding(mesh, jax.P("data"))
     values = np.arange(8.0, dtype=np.float32)
-    array = distributed.put({"a": values}, split)["a"]
+    array = processes.put({"a": values}, split)["a"]
     assert not array.is_fully_addressable
     np.testing.assert_array_equal(array.addressable_shards[0].data, values[4 * me : 4 * me + 2])
-    np.testing.assert_array_equal(distributed.fetch(array), values)
-    np.testing.assert_array_equal(distributed.fetch(array.sum()), 28)
-    with distributed.first_one_first("x"):
+    np.testing.assert_array_equal(processes.fetch(array), values)
+    np.testing.assert_array_equal(processes.fetch(array.sum()), 28)
+    with processes.first_one_first("x"):
         print("in", me, file=sys.stderr)
 """
     assert run(main) == [(0, ["in 0"]), (0, ["in 1"])]
@@ -116,10 +116,10 @@ def test_processes_share_values():
 
 def test_processes_that_see_other_files_say_so():
     main = """
-    distributed.agreed({"the last checkpoint of a": 7, "of b": 3})
+    processes.agreed({"the last checkpoint of a": 7, "of b": 3})
     try:
-        distributed.agreed({"the last checkpoint of a": 7, "the last checkpoint of b": 3 + me})
-    except distributed.StorageError as error:
+        processes.agreed({"the last checkpoint of a": 7, "the last checkpoint of b": 3 + me})
+    except processes.StorageError as error:
         print(error, file=sys.stderr)
 """
     for status, (said,) in run(main):
@@ -141,11 +141,11 @@ atexit.register(lambda: print("watch" in names(), file=sys.stderr))
 def test_all_stop_after_the_same_step():
     main = """
     for step in range(4, 100):
-        distributed.wait_for_all("step")
+        processes.wait_for_all("step")
         wanted = step >= (8 if me else 12)
-        if distributed.agree_to_stop("x", wanted, step):
+        if processes.agree_to_stop("x", wanted, step):
             break
-    print(step, distributed.agree_to_stop("y", False, 99), file=sys.stderr)
+    print(step, processes.agree_to_stop("y", False, 99), file=sys.stderr)
 """
     assert run(main) == [(0, ["10 False"])] * 2
 

@@ -321,7 +321,7 @@ def test_what_is_written_is_known(tmp_path):
 
 
 def test_other_processes_say_what_the_first_one_cannot_know(absl_handler, monkeypatch):
-    monkeypatch.setattr(loggers.distributed, "process_index", lambda: 1)
+    monkeypatch.setattr(loggers.processes, "process_index", lambda: 1)
     loggers.set_up_logging()
     ours = pathlib.Path(latent_diffusion_jax.__file__).parent / "train.py"
     known, damaged = (record(python_logging.WARNING, "about %s", ours) for _ in range(2))
