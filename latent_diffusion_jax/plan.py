@@ -85,7 +85,9 @@ def plan(
         count = 1 if name == programs.SAMPLE else _section(config, name).accumulation
         largest = search.largest_batch(config, images, found, attempt, count)
         more = " or more" if largest + count > search.MOST else ""
-        print(f"  the largest batch that fits: {largest} images a chip{more}", flush=True)
+        largest *= parts(config)
+        each = f"{largest / slices.num_chips:g} a chip"
+        print(f"  the largest batch that fits: {largest} images, {each}{more}", flush=True)
     elif searched:
         change = search.changes_that_fit(config, name, images, slices, attempt, parts)
         if change is None:

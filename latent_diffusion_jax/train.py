@@ -56,6 +56,9 @@ FLAGS = flags.FLAGS
 FREE_KEYS = (
     "stages",
     "mesh.",
+    "accumulation",  # of the second stage: the first one's discriminator sees micro-batches
+    "unet.remat",
+    "first_stage.autoencoder.remat",
     "log_every",
     "eval_every",
     "eval_examples",

@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
 
@@ -90,3 +92,26 @@ def test_mistakes_are_one_line(arguments, said):
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_readmes_commands_go_with_their_topologies():
+    """By the checks that come before compiling."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^python -m latent_diffusion_jax\.plan (.*)$", text, re.MULTILINE)
+    assert commands
+    for command in commands:
+        code = f"""
+from absl import flags
+from latent_diffusion_jax import plan
+plan.define_flags()
+flags.FLAGS(["plan", *{shlex.split(command)}])
+config = flags.FLAGS.config
+plan.check(config)
+for topology in flags.FLAGS.topology:
+    plan.check_topology(config, topology, flags.FLAGS.programs or [*config.stages, "sample"])
+print("checked")
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.stdout == "checked\n", done.stderr

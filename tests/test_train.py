@@ -20,7 +20,7 @@ from configs import pixel
 from latent_diffusion_jax.planning import programs
 from latent_diffusion_jax.runtime import checkpoints, saved_programs, sharding
 from latent_diffusion_jax.runtime.errors import DataError, StorageError, UserError
-from latent_diffusion_jax.train import train
+from latent_diffusion_jax.train import check_workdir, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -144,12 +144,28 @@ def test_parameters_in_bfloat16_are_kept_and_drawn_with(data_dir, tmp_path):
     assert images.shape == (2, 32, 32, 3) and images.std() > 1
 
 
+def fit_elsewhere(config):
+    """What makes a run fit other machines, and leaves the results what they are."""
+    config.mesh.update({"data": 2, "fsdp": 2, "tensor": 2})
+    config.accumulation = 2
+    config.unet.remat = config.first_stage.autoencoder.remat = "full"
+
+
+def test_a_run_may_be_made_to_fit_other_machines(trained_workdir, smoke_config):
+    fit_elsewhere(smoke_config)
+    check_workdir(json.loads(smoke_config.to_json()), trained_workdir)
+    smoke_config.first_stage.accumulation = 2  # its discriminator sees micro-batches
+    with pytest.raises(UserError, match=r"first_stage\.accumulation \(there 1, now 2\)"):
+        check_workdir(json.loads(smoke_config.to_json()), trained_workdir)
+
+
 @pytest.mark.slow  # stopped runs, which go on in the same way, are tested above
 def test_a_run_can_be_made_longer(trained_workdir, smoke_config, tmp_path):
     import shutil
 
     shutil.copytree(trained_workdir, tmp_path / "run")
     smoke_config.num_steps = 6
+    fit_elsewhere(smoke_config)
     assert train(smoke_config, tmp_path / "run")
     assert checkpoints.latest_step(tmp_path / "run" / "diffusion") == 6
 

@@ -45,7 +45,7 @@ class GEGLU(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         inner = self.multiplier * width
-        parts = context_mesh.gated_parts(inner)
+        parts = 1 if self.is_initializing() else context_mesh.gated_parts(inner)
         project = Dense
         if parts > 1:  # weights are moved, of which there are fewer than of what they make
 
@@ -54,7 +54,7 @@ class GEGLU(nn.Module):
                     lambda leaf: context_mesh.pair_halves(leaf.astype(self.dtype)), params
                 )
 
-            project = nn.map_variables(Dense, "params", paired, init=self.is_initializing())
+            project = nn.map_variables(Dense, "params", paired)
         h = project(2 * inner, dtype=self.dtype, name="proj_in")(x)
         h, gate = jnp.split(h.reshape(*x.shape[:-1], parts, -1), 2, axis=-1)
         h = (h * nn.gelu(gate, approximate=False)).reshape(*x.shape[:-1], inner)

@@ -119,6 +119,8 @@ def compile_program(
       CompilerError: the compiler cannot do it.
     """
     start = time.perf_counter()
+    order = (getattr(device, "slice_index", None) or 0 for device in program.mesh.devices.flat)
+    slices = dataclasses.replace(slices, slice_of=tuple(order))
     traced = program.trace()
     flops = program.model_flops(traced)
     with jax.set_mesh(program.mesh):

@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator
 
 from latent_diffusion_jax.planning.hlo import HBM, Computation, Instruction, Module, Shape
-from latent_diffusion_jax.planning.links import Collective, Slices, find_collective
+from latent_diffusion_jax.planning.links import KINDS, Collective, Slices, find_collective, results
 from latent_diffusion_jax.runtime.flops import valid_products
 
 TILE = {"v6e": 256}  # of the matrix unit; 128 of all others
@@ -27,6 +27,7 @@ FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
     "replica-id", "iota", "add-dependency", "opt-barrier", "domain", "async-update",
 )  # fmt: skip
+_STARTS = tuple(f"{kind}-start" for kind in KINDS)
 FREE_CALLS = ("ConcatBitcast", "AllocateBuffer", "Sharding", "SliceBitcast", "MoveToDevice")
 PASSES = {"highest": 6, "high": 3}  # of the matrix unit over bfloat16 parts of float32
 
@@ -85,10 +86,14 @@ class _Walk:
     def _cost(self, computation: Computation) -> Cost:
         total, background = Cost(), 0.0
         hidden: dict[str, tuple[Collective, float]] = {}  # by channel: seconds computed meanwhile
+        started: dict[str, float] = {}  # by what starts them: seconds that links have to go yet
         for instruction in computation.values():
-            if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
+            if instruction.opcode in FREE:
                 continue
-            if instruction.opcode == "while":
+            before = total.seconds - total.bound["links"]
+            if instruction.opcode.endswith("-done"):
+                self._exposed(total, started.pop(instruction.operands[0], 0.0))
+            elif instruction.opcode == "while":
                 body, condition = self._loop(instruction)
                 total.add(self.cost(body), self._trips(condition))
             elif instruction.opcode == "conditional":
@@ -97,9 +102,16 @@ class _Walk:
             elif instruction.opcode == "call":
                 total.add(self.cost(instruction.called[0]))
             elif instruction.opcode in ("copy-start", "slice-start"):
-                moved = self._moved(instruction)
+                moved = self._moved(instruction, computation)
                 total.bytes += moved
                 background += moved
+            elif instruction.opcode in _STARTS:
+                (found,) = (found for _, found in self._collectives(instruction, computation))
+                moved = self._moved(instruction, computation)
+                total.bytes += moved
+                background += moved
+                total.collectives.append((found, 1.0))
+                started[instruction.name] = found.seconds(self._slices)
             else:
                 seconds = self._operation(instruction, computation, total)
                 for channel, found in self._collectives(instruction, computation):
@@ -107,8 +119,12 @@ class _Walk:
                         total.collectives.append((found, 1.0))
                         self._exposed(total, found.seconds(self._slices))
                     else:
-                        before = hidden.get(channel, (found, 0.0))[1]
-                        hidden[channel] = found, before + seconds
+                        earlier = hidden.get(channel, (found, 0.0))[1]
+                        hidden[channel] = found, earlier + seconds
+            left = total.seconds - total.bound["links"] - before
+            for name, seconds in started.items():  # one after the other: they share the links
+                started[name] = max(seconds - left, 0.0)
+                left = max(left - seconds, 0.0)
         for found, meanwhile in hidden.values():
             total.collectives.append((found, 1.0))
             self._exposed(total, max(found.seconds(self._slices) - meanwhile, 0.0))
@@ -175,10 +191,14 @@ class _Walk:
                 found = dataclasses.replace(found, kind="reduce-scatter")
             yield inner.attribute(r"channel_id=(\d+)") or inner.name, found
 
-    def _moved(self, instruction: Instruction) -> float:
-        """Bytes of HBM that a background copy reads or writes."""
+    def _moved(self, instruction: Instruction, computation: Computation) -> float:
+        """Bytes of HBM that are read or written in the background."""
         if instruction.opcode == "slice-start":
             return float(min(s.size for s in instruction.shapes if s.dims))
+        if instruction.opcode in _STARTS:
+            operands = [s for name in instruction.operands for s in computation[name].shapes]
+            arrays = (*operands, *results(instruction))
+            return float(sum(s.size for s in arrays if s.memory_space == HBM))
         return float(sum(s.size for s in instruction.shapes[:2] if s.memory_space == HBM))
 
     def _touched(self, instruction: Instruction, computation: Computation) -> float:

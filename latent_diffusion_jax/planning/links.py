@@ -3,10 +3,11 @@
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
-from latent_diffusion_jax.planning.hlo import Instruction
+from latent_diffusion_jax.planning.hlo import Instruction, Shape
 from latent_diffusion_jax.runtime.chips import Chip
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -20,11 +21,20 @@ class Slices:
       chip: their kind.
       shape: of one slice's torus or grid.
       count: of slices, joined by the data centre's network.
+      slice_of: which of them each chip of a program belongs to, by its number there; default one
+        slice after the other.
     """
 
     chip: Chip
     shape: tuple[int, ...]
     count: int = 1
+    slice_of: tuple[int, ...] = ()
+
+    def spanned(self, group: Iterable[int]) -> int:
+        """How many slices chips of a program are in."""
+        if self.slice_of:
+            return len({self.slice_of[chip] for chip in group})
+        return len({chip // self.chips_of_slice for chip in group})
 
     @property
     def chips_of_slice(self) -> int:
@@ -64,8 +74,7 @@ class Collective:
 
     def seconds(self, slices: Slices) -> float:
         """By rings over the links within slices, then over the network between them."""
-        per_slice = slices.chips_of_slice
-        spanned = len({chip // per_slice for chip in self.group})
+        spanned = slices.spanned(self.group)
         local = max(len(self.group) // spanned, 1)
         passes = 2.0 if self.kind == "all-reduce" else 1.0
         seconds = 0.0
@@ -88,14 +97,20 @@ def find_collective(instruction: Instruction, num_chips: int, hidden: bool) -> C
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
         return None
-    shapes = instruction.shapes
-    if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        shapes = shapes[1:2] if kind == "collective-permute" else shapes[len(shapes) // 2 :]
+    shapes = results(instruction)
     size = sum(shape.size for shape in shapes if shape.dtype != "token" and shape.dims)
     group = first_group(instruction.attributes, num_chips)
     if kind == "reduce-scatter":
         size *= len(group)
     return Collective(kind, size, group, hidden or instruction.opcode.endswith("-start"))
+
+
+def results(instruction: Instruction) -> tuple[Shape, ...]:
+    """What a collective makes; one that is started names its operands first."""
+    shapes, kind = instruction.shapes, instruction.opcode
+    if not kind.endswith("-start") or kind == "all-reduce-start":
+        return shapes
+    return shapes[1:2] if kind == "collective-permute-start" else shapes[len(shapes) // 2 :]
 
 
 def first_group(attributes: str, num_chips: int) -> tuple[int, ...]:

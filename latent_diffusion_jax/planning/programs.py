@@ -104,7 +104,8 @@ def make(
         "average": bytes_of_device((state.ema, state.averages)),
         "optimizer": bytes_of_device(state.opt),
         "frozen": bytes_of_device(state.frozen),
-        "batches": 2 * bytes_of_device(batch),  # this step's and the next one's
+        # The loop gives the devices a step's and the one's after while they work on the one before.
+        "batches": 3 * bytes_of_device(batch),
     }
     network = config.first_stage.autoencoder if name == "first_stage" else config.unet
     platform = mesh.devices.flat[0].platform

@@ -9,7 +9,7 @@ from latent_diffusion_jax.planning.compiled import Compiled
 GIB, GB = 2.0**30, 1e9
 COLUMNS = (
     "topology", "program", "images/chip", "HBM GiB", "of", "step s", "images/s", "MFU", "bound",
-    "FLOP/model", "largest", "compile s",
+    "FLOP/model", "largest/chip", "compile s",
 )  # fmt: skip
 
 
@@ -73,7 +73,13 @@ def collectives(found: Compiled) -> list[dict[str, Any]]:
 
 
 def as_row(name: str, found: Compiled, largest: int | None) -> dict[str, Any]:
-    """A program's figures, as in `COLUMNS`, and what they are made of."""
+    """A program's figures, as in `COLUMNS`, and what they are made of.
+
+    Args:
+      name: of the topology.
+      found: the program.
+      largest: batch that fits, of all chips; None where it was not looked for.
+    """
     chips, memory = found.slices.num_chips, found.memory
     row: dict[str, Any] = {
         "topology": name,
@@ -82,7 +88,7 @@ def as_row(name: str, found: Compiled, largest: int | None) -> dict[str, Any]:
         "HBM GiB": memory.total / GIB,
         "of": memory.available / GIB,
         "compile s": found.seconds,
-        "largest": largest,
+        "largest/chip": None if largest is None else largest / chips,
         "fits": memory.fits,
         "memory": memory.resident | {"temporaries": memory.temporaries, "host": memory.host},
         "model_flops": found.model_flops,
@@ -107,7 +113,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     formats = {
         "images/chip": "{:g}", "HBM GiB": "{:.2f}", "of": "{:.2f}", "step s": "{:.3f}",
-        "images/s": "{:.1f}", "MFU": "{:.1%}", "FLOP/model": "{:.3f}", "compile s": "{:.0f}",
+        "images/s": "{:.1f}", "MFU": "{:.1%}", "FLOP/model": "{:.3f}", "largest/chip": "{:g}",
+        "compile s": "{:.0f}",
     }  # fmt: skip
     for row in rows:
         cells = [

@@ -1,7 +1,8 @@
 """The mesh in context: what devices a program is for, and how it is split over them.
 
-`jax.set_mesh` puts a mesh in context. Models never see it; what they call may ask here: forms of an
-operation that differ from platform to platform, and kernels, which XLA cannot split over devices.
+`jax.set_mesh` puts a mesh in context. Models are given none; they and what they call may ask here:
+for the form of an operation, which differs from platform to platform, for a kernel's part, which
+XLA cannot split over devices, and for the order of weights, whose halves go together.
 """
 
 import math
@@ -113,8 +114,7 @@ def pair_halves(x: jax.Array) -> jax.Array:
     first_round = [(i, 2 * i) for i in lower] + [(i, 2 * i + 1 - parts) for i in upper]
     second_round = [(i, 2 * i + 1) for i in lower] + [(i, 2 * i - parts) for i in upper]
 
-    def exchanged(own: jax.Array) -> jax.Array:
-        index = jax.lax.axis_index(axis)
+    def exchanged(own: jax.Array, index: jax.Array) -> jax.Array:
         in_order = index < parts // 2
         even, odd = jnp.split(own, 2, axis=-1)
         one = jnp.where(in_order, even, odd)
@@ -127,4 +127,6 @@ def pair_halves(x: jax.Array) -> jax.Array:
         )
 
     spec = P(*(None,) * (x.ndim - 1), axis)
-    return jax.shard_map(exchanged, in_specs=spec, out_specs=spec, axis_names={axis})(x)
+    exchange = jax.shard_map(exchanged, in_specs=(spec, P(axis)), out_specs=spec, axis_names={axis})
+    # Devices cannot ask for their own place where XLA splits the other axes.
+    return exchange(x, jnp.arange(parts))

@@ -125,6 +125,33 @@ def test_collectives_are_found_with_their_sizes(tpu_topology):
     assert cost.bound["links"] > 0
 
 
+def test_what_is_started_early_is_hidden_by_what_runs_until_it_is_done():
+    """As JAX's own permutes come: all of one channel, their operands among the results.
+
+    The product takes more than one permute, and less than two.
+    """
+    text = """ENTRY %main (x: bf16[2048,8192], w: bf16[8192,6144]) -> bf16[2048,8192] {
+  %x = bf16[2048,8192]{1,0} parameter(0)
+  %w = bf16[8192,6144]{1,0} parameter(1)
+  %s = (bf16[2048,8192]{1,0}, bf16[2048,8192]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) \
+collective-permute-start(%x), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  %t = (bf16[2048,8192]{1,0}, bf16[2048,8192]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) \
+collective-permute-start(%x), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  %y = bf16[2048,6144]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %a = bf16[2048,8192]{1,0} collective-permute-done(%s)
+  ROOT %b = bf16[2048,8192]{1,0} collective-permute-done(%t)
+}"""
+    cost = costs.estimate(hlo.parse(text), Slices(V5E, (2, 2)))
+    array = 2 * 2048 * 8192
+    product = 2 * 2048 * 8192 * 6144 / V5E.flops
+    permute = array / V5E.link_bandwidth
+    assert permute < product < 2 * permute
+    assert [found.size for found, _ in cost.collectives] == [array] * 2
+    assert cost.bytes == (2 * 2 + 1) * array + 2 * (8192 + 2048) * 6144
+    assert cost.bound["links"] == pytest.approx(2 * permute - product)
+    assert cost.seconds == pytest.approx(2 * permute)
+
+
 def test_attention_by_a_kernel_is_counted(tpu_topology):
     from latent_diffusion_jax.models.dot_product_attention import dot_product_attention
 
