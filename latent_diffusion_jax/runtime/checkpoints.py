@@ -14,13 +14,14 @@ import math
 import pathlib
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint import checkpoint_managers, multihost
 
 from latent_diffusion_jax.runtime import digests
 from latent_diffusion_jax.runtime.errors import StorageError, UserError
@@ -92,7 +93,9 @@ def open_manager(
         save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
         cleanup_tmp_directories=create,
         # Otherwise a folder that cannot be made is an error only after ten minutes of waiting.
-        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        async_options=ocp.AsyncOptions(
+            create_directories_asynchronously=False, barrier_sync_fn=_meet_unless_failed
+        ),
     )
     directory = directory.absolute()
     try:
@@ -107,6 +110,18 @@ def open_manager(
         raise
     with saving(manager) if create else contextlib.nullcontext():
         manager.close()
+
+
+def _meet_unless_failed(*, key: str, timeout_ms: int) -> None:
+    """Waits for the other processes, but not on the way out of an error, which ends them all.
+
+    When a save is over, well or not, Orbax waits for all of them to say so. Those that have written
+    their part wait elsewhere for one that has failed, and its error would never be heard of.
+    """
+    error = sys.exception()
+    if error is not None:
+        raise error
+    multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def latest_step(directory: pathlib.Path) -> int | None:
@@ -170,7 +185,8 @@ def is_whole(manager: Any) -> bool:
     """
     # Not the manager's `check_for_errors`: that takes the error away from the thread that writes,
     # which then takes the save for a good one and deletes those before.
-    if manager.is_saving_in_progress():
+    # Nor its own word for whether it is done, on which all processes agree: one may have failed.
+    if manager._finalize_thread.map(lambda thread: thread is not None and thread.is_alive()):
         return False
     with saving(manager):
         manager.wait_until_finished()

@@ -42,9 +42,11 @@ WATCH_SECONDS = 0.5  # between looks whether another process has failed
 NOT_MET = 75  # status where processes did not meet, or one is lost (EX_TEMPFAIL): try again
 LEAVE_SECONDS = 10.0  # that one which has failed waits for the others to notice
 
-# What JAX says where devices lose those of another process, by gloo, NCCL or between slices.
+# What JAX says where devices lose those of another process, by gloo, NCCL or between slices, or
+# processes each other.
 LOST_DEVICES = re.compile(
-    r"gloo|nccl|megascale|connection|socket|peer|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE
+    r"gloo|nccl|megascale|connection|socket|peer|CoordinationService|UNAVAILABLE|DEADLINE_EXCEEDED",
+    re.IGNORECASE,
 )
 
 # Keys: the number of a process.
@@ -97,25 +99,36 @@ def connect(cluster: Cluster) -> None:
         # JAX gives each task of SLURM one GPU, also where a task has a host to itself.
         jax.config.update("jax_cuda_visible_devices", "all")
         jax.config.update("jax_rocm_visible_devices", "all")
-    if jax.process_index() != 0:
-        _say_when_cut_off(jax_distributed.global_state.coordinator_address)
+    _say_when_cut_off(jax_distributed.global_state.coordinator_address)
     _watchers.append(threading.Thread(target=_watch, name="watch", daemon=True))
     _watchers[-1].start()
 
 
 def _say_when_cut_off(address: str | None) -> None:
-    """Lets this process say why it ends when the first one is gone, of which JAX makes an abort."""
+    """Lets this process say why it ends when another one is gone, of which JAX makes an abort.
+
+    That is the first one, or for the first one any that was started anew before it was missed.
+    """
     host, _, port = (address or "").rpartition(":")
 
-    def say(number: int) -> None:
+    def lost() -> str:
+        if process_index() == 0:
+            now, most = time.monotonic(), ALIVE_SECONDS + 2 * WATCH_SECONDS
+            silent = [key for key, (_, when) in list(_heard.items()) if now - when > most]
+            names = ", ".join(key.removeprefix(ALIVE) for key in silent)
+            return names and f"process {names} of {num_processes()} was lost, and started anew"
         try:
             socket.create_connection((host, int(port)), 2.0).close()
         except (OSError, ValueError):
-            _say(
+            return (
                 f"process {process_index()} of {num_processes()} has lost process 0 at {address}, "
-                "which was killed, or its host or the way to it is gone; the same command on all "
-                "hosts goes on from the last checkpoint"
+                "which was killed, or its host or the way to it is gone"
             )
+        return ""
+
+    def say(number: int) -> None:
+        if said := lost():
+            _say(f"{said}; the same command on all hosts goes on from the last checkpoint")
             os._exit(NOT_MET)
         libc.signal(number, 0)  # something else is wrong
 
@@ -170,6 +183,7 @@ def _sum_over(mesh: Mesh, axes: tuple[str, ...]) -> Any:
 _leaving = threading.Lock()  # held by the thread that ends this process, to its end
 _watchers: list[threading.Thread] = []
 _done = threading.Event()
+_heard: dict[str, tuple[str, float]] = {}  # of the others, last signs of life and when they came
 
 
 def finish() -> None:
@@ -228,7 +242,7 @@ def _watch() -> None:
     """Ends this process when another one has failed, or says nothing any more."""
     client, me = connection(), process_index()
     others = range(1, num_processes())
-    heard = {f"{ALIVE}{i}": ("", time.monotonic()) for i in others}  # last signs and their times
+    _heard.update({f"{ALIVE}{i}": ("", time.monotonic()) for i in others})
     next_sign, failures = 0.0, 0
     for count in itertools.count():
         if _done.wait(WATCH_SECONDS):
@@ -238,7 +252,7 @@ def _watch() -> None:
                 next_sign = time.monotonic() + ALIVE_SECONDS
                 client.key_value_set(f"{ALIVE}{me}", str(count), allow_overwrite=True)
                 if me == 0:
-                    _listen(dict(client.key_value_dir_get(ALIVE)), heard)
+                    _listen(dict(client.key_value_dir_get(ALIVE)))
             failed = client.key_value_dir_get(FAILED)
             failures = 0
         except RuntimeError:  # if the connection is gone for good, JAX makes an end of it
@@ -259,18 +273,13 @@ def _watch() -> None:
         _exit(status)
 
 
-def _listen(signs: dict[str, str], heard: dict[str, tuple[str, float]]) -> None:
-    """Ends all processes where one has been silent for too long.
-
-    Args:
-      signs: of life, by key.
-      heard: those of before, with the times of when they were new; brought up to date.
-    """
+def _listen(signs: dict[str, str]) -> None:
+    """Ends all processes where one has been silent for too long, by their signs of life."""
     now = time.monotonic()
-    for key, (last, _) in list(heard.items()):
+    for key, (last, _) in list(_heard.items()):
         if signs.get(key, last) != last:
-            heard[key] = signs[key], now
-    silent = [key for key, (_, when) in heard.items() if now - when > SILENT_SECONDS]
+            _heard[key] = signs[key], now
+    silent = [key for key, (_, when) in _heard.items() if now - when > SILENT_SECONDS]
     if silent:
         names = ", ".join(key.removeprefix(ALIVE) for key in silent)
         fail(

@@ -190,6 +190,34 @@ def test_an_error_of_all_is_said_once():
     assert errors == ["error: everywhere"] and other_errors == []
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_save_that_fails_on_one_ends_all_with_its_reason(failing, tmp_path):
+    main = f"""
+    import pathlib, resource
+    from latent_diffusion_jax.runtime import checkpoints
+    mesh = jax.make_mesh((4,), ("data",))
+    split = jax.NamedSharding(mesh, jax.P("data"))
+    state = processes.put(dict(a=np.random.default_rng(0).normal(size=2**20)), split)
+    with checkpoints.open_manager(pathlib.Path({str(tmp_path)!r}), create=True) as manager:
+        for step in range(1, 4):
+            if step == 2 and me == {failing}:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, 2**19))
+            checkpoints.save(manager, step, state, {{}})
+            end = time.monotonic() + 60
+            while not checkpoints.is_whole(manager):
+                assert time.monotonic() < end, "nobody hears of it"
+                time.sleep(0.05)
+"""
+    begin = time.monotonic()
+    outcomes = run(main)
+    assert time.monotonic() - begin < 60
+    assert [status for status, _ in outcomes] == [74, 74]
+    (said,) = [line for _, lines in outcomes for line in lines if "cannot save" in line]
+    assert "File too large; the last whole one is that of step 1" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
 def test_a_bug_is_said_by_the_one_that_meets_it():
     (status, errors), (other_status, other_errors) = run(
         f"if me == 1: raise KeyError('a bug')\n    {WAIT}"
@@ -239,6 +267,23 @@ def test_an_error_of_jax_is_said_where_nobody_is_lost(why, status):
     assert [found for found, _ in outcomes] == [status, status]
     said = [line for _, lines in outcomes for line in lines if why in line]
     assert said[0].startswith(f"error: process 1 of 2: unexpected JaxRuntimeError: UNKNOWN: {why}")
+
+
+def test_one_that_is_back_before_it_is_missed_is_named_too():
+    """JAX aborts the first process, whose connection to the one before is still there."""
+    dies = "if me == 1: time.sleep(2); os.kill(os.getpid(), signal.SIGKILL)"
+    address = f"127.0.0.1:{launcher.load().free_port()}"
+    first, second = start(f"{dies}\n    {WAIT}", JAX_COORDINATOR_ADDRESS=address)
+    second.wait(timeout=60)
+    time.sleep(5)  # as launch/supervise.sh
+    (again,) = start(WAIT, processes=[1], JAX_COORDINATOR_ADDRESS=address)
+    begin = time.monotonic()
+    assert first.wait(timeout=60) == distributed.NOT_MET
+    assert time.monotonic() - begin < 20, "it was missed"
+    again.kill()
+    (_, errors), _, _ = ends([first, second, again])
+    (said,) = [line for line in errors if line.startswith("error: ")]
+    assert said.startswith("error: process 1 of 2 was lost, and started anew; the same command")
 
 
 def test_one_that_hangs_is_left_by_jax_too():
