@@ -20,6 +20,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -200,17 +201,27 @@ class StopRequest:
         self.exit_status = 0
         self._grace_seconds = grace_seconds
         self._previous: dict[int, Any] = {}
-        self._end: threading.Timer | None = None
+        self._left = threading.Event()
+        self._told: socket.socket | None = None
 
     def __enter__(self) -> "StopRequest":
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._on_signal)
+        if self._grace_seconds:
+            # Python runs handlers when the main thread is out of foreign code, which may compile
+            # for minutes; into this socket each signal's number is written at once.
+            signals, self._told = socket.socketpair()
+            self._told.setblocking(False)
+            self._fd = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._count, args=[signals], name="grace", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._put_back()
-        if self._end is not None:
-            self._end.cancel()
+        self._left.set()
+        if self._told is not None:
+            signal.set_wakeup_fd(self._fd)
+            self._told.close()  # which ends the thread
         stopping.ask(False)
 
     def _put_back(self) -> None:
@@ -224,10 +235,6 @@ class StopRequest:
         self.exit_status = 128 + number
         stopping.ask()
         self._put_back()
-        if self._grace_seconds:
-            self._end = threading.Timer(self._grace_seconds, self._give_up)
-            self._end.daemon = True
-            self._end.start()
         if processes.process_index() == 0:
             name = signal.Signals(number).name
             text = f"\n{name}: finishing this step, then saving; once more to quit"
@@ -235,6 +242,15 @@ class StopRequest:
             # signal may have come in the middle of another line.
             with contextlib.suppress(OSError, ValueError, RuntimeError):
                 print(text, file=sys.stderr)
+
+    def _count(self, signals: socket.socket) -> None:
+        """Ends the program some time after the first signal that asks for a stop."""
+        with signals:
+            while number := signals.recv(1):
+                if number[0] in (signal.SIGINT, signal.SIGTERM):
+                    if not self._left.wait(self._grace_seconds):
+                        self._give_up()
+                    return
 
     def _give_up(self) -> None:
         message = (

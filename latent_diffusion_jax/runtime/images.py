@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
 
 from latent_diffusion_jax.runtime import files
 from latent_diffusion_jax.runtime.errors import StorageError, UserError
@@ -16,6 +17,7 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names for what image files giv
 MAX_ASPECT = 64  # of the long side to the short one: scaled by that, it would fill the memory
 MAX_FILE = 2**30  # bytes
 MAX_PIXELS = 2**26  # 8192x8192; a file of some KiB can hold far more than the memory
+LEVELS = "those of images are of 8 or 16 bits"
 STRIP = 2**20  # pixels that are converted together
 # Others of Pillow's run programs of other vendors, or are not for pictures like these.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -102,6 +104,10 @@ def _open(data: bytes) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
         _check_size(image.width, image.height)
+        tags = getattr(image, "tag_v2", {})  # of a TIFF, whose tiles are read as a whole
+        _check_pixels(int(tags.get(TILEWIDTH, 0)), int(tags.get(TILELENGTH, 0)))
+        if image.mode == "F":
+            raise ValueError(f"its pixels are floats, whose range nobody knows; {LEVELS}")
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return image
@@ -139,12 +145,18 @@ def _check_npy_header(data: bytes) -> None:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey levels to the nearest of 8 bits, in strips: a whole picture would take 1 GiB."""
+    """16-bit grey levels to the nearest of 8 bits, in strips: a whole picture would take 1 GiB.
+
+    Raises:
+      ValueError: there are others, in an image of 32 bits.
+    """
     found = np.empty((image.height, image.width), np.uint8)
     rows = max(1, STRIP // image.width)
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height)))
-        levels = np.clip(np.asarray(strip, np.int32), 0, 65535)
+        levels = np.asarray(strip, np.int32)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError(f"its levels are from {levels.min()} to {levels.max()}; {LEVELS}")
         found[top : top + rows] = (levels + 128) // 257
     return Image.fromarray(found)
 

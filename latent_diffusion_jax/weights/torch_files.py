@@ -29,6 +29,9 @@ ZIP_HEADER = 30  # bytes before each member's name, whose length is in the last 
 CHUNK = 1 << 20  # bytes of an archive that are checked at once
 MAX_PICKLE = 64 << 20  # bytes; that of Stable Diffusion with its optimizer has less than one MiB
 MAX_OPERATIONS = 1_000_000  # of a pickle, each of which may make an object; that one has 100,000
+MAX_NAMES = 10_000  # of things that are not tensors, each of which takes 2 KiB
+MAX_KEYS = 10_000  # that are tuples or sets, which may be made to have one hash and take for ever
+MAX_BITS = 64  # of a whole number, for the same reason
 MAX_DIMS = 64  # NumPy's
 MAX_GROWTH = 8  # times the file's bytes that its tensors may take
 MIN_GROWTH = 64 << 20  # bytes that they may take in any case
@@ -197,7 +200,11 @@ class _Unpickler(pickle.Unpickler):
             return _DType(STORAGES[name])
         if module == "torch" and name in DTYPES:
             return _DType(name)
-        return self._inert.setdefault((module, name), type("Inert", (_Inert,), {}))
+        if (module, name) not in self._inert:
+            if len(self._inert) >= MAX_NAMES:
+                raise FormatError(f"its pickle names more than {MAX_NAMES} things beside tensors")
+            self._inert[module, name] = type("Inert", (_Inert,), {})
+        return self._inert[module, name]
 
     def _ordered(self, items: Any = ()) -> Any:
         """An ordered dict; Python 2 gives its items along, others set them later."""
@@ -240,16 +247,25 @@ def _load(file: BinaryIO) -> tuple[Any, dict[str, np.dtype]]:
             raise FormatError(f"its pickle has more than {MAX_PICKLE >> 20} MiB")
         if count > MAX_OPERATIONS:
             raise FormatError(f"its pickle has more than {MAX_OPERATIONS} operations")
+        long = isinstance(argument, int) and argument.bit_length() > MAX_BITS
+        if long and argument != LEGACY_MAGIC:
+            raise FormatError(f"it is damaged: its pickle has numbers of more than {MAX_BITS} bits")
         tuples.follow(code, argument)
     file.seek(start)
     unpickler = _Unpickler(file)
     return unpickler.load(), unpickler.dtypes
 
 
+# Operations that put keys into dicts and sets: where those begin in what they take from the stack.
+_KEYED = {"SETITEM": 1, "SETITEMS": 1, "DICT": 0, "ADDITEMS": 1, "FROZENSET": 0}
+_KEEPING = ("REDUCE", "BINPERSID", "DUP", "FROZENSET")  # whose results hold what they take
+
+
 class _Tuples:
     """Follows a pickle's stack for how large tuples are with all that is in them.
 
-    A tuple that holds another one twice, and so on, is small and takes for ever as a dict's key.
+    A tuple that holds another one twice, and so on, is small and takes for ever as a dict's key; so
+    do many that have the same hash. Sets that cannot change are like them.
     """
 
     def __init__(self) -> None:
@@ -257,6 +273,7 @@ class _Tuples:
         self._marks: list[int] = []
         self._numbered: dict[int, int] = {}
         self._total = 0
+        self._keys = 0  # of dicts and sets, that are tuples or sets themselves
 
     def follow(self, code: pickletools.OpcodeInfo, argument: Any) -> None:
         """Takes one operation; raises FormatError where tuples become too large."""
@@ -280,7 +297,13 @@ class _Tuples:
         self._total += sum(parts)
         if self._total > 20 * MAX_OPERATIONS:
             raise FormatError("it is damaged: its pickle has tuples without end in each other")
-        keeps = code.name.startswith("TUPLE") or code.name in ("REDUCE", "BINPERSID", "DUP")
+        if code.name in _KEYED:
+            keys = parts[-2:-1] if code.name == "SETITEM" else parts[_KEYED[code.name] :]
+            step = 2 if code.name in ("SETITEMS", "DICT") else 1
+            self._keys += sum(size > 1 for size in keys[::step])
+            if self._keys > MAX_KEYS:
+                raise FormatError(f"it is damaged: its pickle has over {MAX_KEYS} keys of tuples")
+        keeps = code.name.startswith("TUPLE") or code.name in _KEEPING
         self._stack += [1 + sum(parts) if keeps else 1] * len(code.stack_after)
 
 
@@ -339,9 +362,8 @@ def _read_zip(
     def load(key: str) -> np.ndarray:
         nonlocal unpacked
         info = archive.getinfo(f"{root}data/{key}")
-        if info.compress_type != zipfile.ZIP_STORED:
-            unpacked += info.file_size
-            _check_growth(f"its compressed parts up to {info.filename}", unpacked, data)
+        unpacked += info.file_size  # of parts that are not compressed too: they may overlap
+        _check_growth(f"its parts up to {info.filename}", unpacked, data)
         return _member(archive, data, info)
 
     return _arrays(_tensors(loaded, skip), data, load)

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -261,6 +262,21 @@ def test_a_save_takes_no_longer_than_the_grace(seconds, status):
     assert ("not saved within the 2 s" in errors) == (status == 74)
 
 
+COMPILING = """
+import hashlib, os, signal, threading
+from latent_diffusion_jax.runtime.commands import StopRequest
+with StopRequest(grace_seconds=1.0):
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2**31 - 1)  # half an hour without the interpreter
+"""
+
+
+def test_the_grace_counts_while_the_main_thread_is_in_foreign_code():
+    process = start("-c", COMPILING)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 74 and "not saved within the 1 s" in errors
+
+
 def test_the_grace_ends_though_nobody_reads_what_is_said():
     process = start("-c", GRACE, "60")
     process.stderr.close()
@@ -270,10 +286,16 @@ def test_the_grace_ends_though_nobody_reads_what_is_said():
 
 def test_handlers_are_put_back_without_any_signal(handlers):
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    with commands.StopRequest() as should_stop:
+    threads = threading.active_count()
+    with commands.StopRequest(grace_seconds=600.0) as should_stop:
         during = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
         assert not set(during) & set(before)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+    end = time.monotonic() + 10
+    while threading.active_count() > threads:
+        assert time.monotonic() < end
+        time.sleep(0.01)
     assert not should_stop() and should_stop.exit_status == 0
 
 

@@ -6,6 +6,7 @@ import pathlib
 import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -209,9 +210,48 @@ def test_strips_of_16_bits_are_the_whole(monkeypatch):
     monkeypatch.setattr(images, "STRIP", 1000)  # seven rows of 128
     for data in (encode(Image.fromarray(levels)), encode(Image.fromarray(levels), "TIFF")):
         np.testing.assert_array_equal(np.asarray(images.decode(data, 1)), expected)
-    wide = np.array([[-5, 0, 65535, 70000]], np.int32)
-    data = encode(Image.fromarray(wide), "TIFF")
-    np.testing.assert_array_equal(np.asarray(images.decode(data, 1)), [[0, 0, 255, 255]])
+    wide = encode(Image.fromarray(levels.astype(np.int32)), "TIFF")
+    np.testing.assert_array_equal(np.asarray(images.decode(wide, 1)), expected)
+
+
+@pytest.mark.parametrize(
+    ("levels", "said"),
+    [
+        (np.array([[-5, 0, 9]], np.int32), "from -5 to 9; those of images are of 8 or 16 bits"),
+        (np.array([[0, 70000]], np.int32), "from 0 to 70000"),
+        (np.linspace(0.0, 1.0, 9, dtype=np.float32)[None], "floats, whose range nobody knows"),
+    ],
+)
+def test_levels_that_would_be_cut_off_are_refused(levels, said):
+    """They would be a black picture, or a white one."""
+    with pytest.raises(ValueError, match=said):
+        images.decode(encode(Image.fromarray(levels), "TIFF"))
+
+
+def tiled_tiff(side, tile):
+    """Black, of one tile."""
+    packed = zlib.compress(bytes(3 * tile**2))
+    long, short = 4, 3
+    tags = [  # (tag, kind, values): sizes, 3 x 8 bits, deflate, RGB, together; the tile
+        (256, long, [side]), (257, long, [side]), (258, short, [8, 8, 8]), (259, short, [8]),
+        (262, short, [2]), (277, short, [3]), (284, short, [1]),
+        (322, long, [tile]), (323, long, [tile]), (324, long, [0]), (325, long, [len(packed)]),
+    ]  # fmt: skip
+    behind = 8 + 2 + 12 * len(tags) + 4
+    places = {258: behind, 324: behind + 6}
+    listed = b"".join(
+        struct.pack("<HHII", tag, kind, len(values), places.get(tag, values[0]))
+        for tag, kind, values in tags
+    )
+    header = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+    return header + listed + bytes(4) + struct.pack("<3H", 8, 8, 8) + packed
+
+
+def test_tiles_that_are_far_larger_than_the_image_are_refused():
+    """The decoder makes room for a whole one."""
+    assert decoded(tiled_tiff(64, 128)).shape == (64, 64, 3)
+    with pytest.raises(ValueError, match="16384x16384 pixels are more than"):
+        images.decode(tiled_tiff(64, 16384))
 
 
 # Cropping.

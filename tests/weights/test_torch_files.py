@@ -15,6 +15,7 @@ import tempfile
 import time
 import tracemalloc
 import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
@@ -420,7 +421,7 @@ def test_parts_that_unpack_to_far_more_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "a.ckpt"
     packed = {"compression": zipfile.ZIP_DEFLATED}
     archive_of(path, of_tensor(2**25, (2**25,), (1,)), [("0", bytes(2**27))], **packed)
-    check_refused(path, f"its compressed parts up to archive/data/0 would take {2**27} bytes")
+    check_refused(path, f"its parts up to archive/data/0 would take {2**27} bytes")
     with zipfile.ZipFile(path, "w", **packed) as archive:
         archive.writestr("archive/data.pkl", of_tensor(1, (1,), (1,)))
         archive.writestr("archive/byteorder", bytes(2**27))
@@ -437,10 +438,36 @@ def test_many_parts_that_unpack_to_a_little_more_are_refused(tmp_path):
     pickled = of_tensor(2**24, (2**24,), (1,), names="abc")
     members = [(str(i), bytes(2**26)) for i in range(3)]
     path = archive_of(tmp_path / "a.ckpt", pickled, members, compression=zipfile.ZIP_DEFLATED)
-    check_refused(path, f"its compressed parts up to archive/data/1 would take {2**27} bytes")
+    check_refused(path, f"its parts up to archive/data/1 would take {2**27} bytes")
+
+
+def test_parts_of_parts_are_not_read_again_and_again(tmp_path):
+    """Each is all that follows it in the file: their sums would take as many times its bytes."""
+    keys = "0123456789"
+    path = archive_of(tmp_path / "a.ckpt", of_tensor(2**22, (2**22,), (1,), keys))
+    with zipfile.ZipFile(path) as archive:
+        start = archive.start_dir
+    head, own = path.read_bytes()[:start], path.read_bytes()[start:]
+    own = own[: own.rindex(b"PK\x05\x06")]  # the pickle's entry in the directory
+    data, entries = bytes(2**24), []
+    for key in reversed(keys):
+        name = f"archive/data/{key}".encode()
+        described = struct.pack("<IIIHH", zlib.crc32(data), len(data), len(data), len(name), 0)
+        data = b"PK\x03\x04" + struct.pack("<HHHHH", 20, 0, 0, 0, 33) + described + name + data
+        entries.append((name, described, len(data)))
+    directory = own + b"".join(
+        b"PK\x01\x02" + struct.pack("<HHHHHH", 20, 20, 0, 0, 0, 33) + described
+        + struct.pack("<HHHII", 0, 0, 0, 0, start + len(data) - size) + name
+        for name, described, size in entries
+    )  # fmt: skip
+    end = struct.pack("<HHHHIIH", 0, 0, 11, 11, len(directory), start + len(data), 0)
+    path.write_bytes(head + data + directory + b"PK\x05\x06" + end)
+    check_refused(path, "its parts up to archive/data/8 would take")
 
 
 PAIR = b"2\x86"  # a tuple of the last object, twice
+# A set of the last one and a tuple of it, in that order 50 times: to compare two takes 2^50 steps.
+SETS = b"(\x91" + b"q\x010(h\x01h\x01\x85\x91" * 50
 
 
 @pytest.mark.parametrize(
@@ -450,12 +477,17 @@ PAIR = b"2\x86"  # a tuple of the last object, twice
         b"}" + b")" + PAIR * 20 + b"q\x01Ns" + b"h\x01Ns" * 200 + b".",  # and 200 times 2^20
         b"}" + b")" + b"q\x01h\x01h\x01\x86" * 60 + b"Ns.",
         b"}" + b"}" * 1_100_000 + b".",
-        b"ccollections\nOrderedDict\nq\x00((lp\x01(X\x01\x00\x00\x00aNt" + b"2" * 2000
+        b"}" + SETS + b"Ns" + SETS + b"Ns" + b".",
+        b"}(" + b"K\x01K\x02\x86N" * 20_000 + b"u.",  # keys that could have one hash
+        b"}(" + b"\x8a\x0a" + bytes(9) + b"\x01" + b"Nu.",
+        b"".join(b"ca\nb%d\n0" % i for i in range(20_000)) + b"}.",
+        b"ccollections\nOrderedDict\nq\x000]q\x01((X\x01\x00\x00\x00aNt" + b"2" * 2000
         + b"e0" + b"h\x00(h\x01tR0" * 1000 + b"}.",
     ],
 )  # fmt: skip
 def test_pickles_that_would_take_for_ever_are_refused(tmp_path, pickled):
     start = time.monotonic()
-    with pytest.raises(UserError):
+    said = "without end in each other|keys of tuples|64 bits|beside tensors|operations|items"
+    with pytest.raises(UserError, match=said):
         files.read(archive_of(tmp_path / "a.ckpt", b"\x80\x02" + pickled))
     assert time.monotonic() - start < 60
