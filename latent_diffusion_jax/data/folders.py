@@ -124,22 +124,54 @@ def _has_files(folder: pathlib.Path) -> bool:
         return False
 
 
-def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Image files, sorted; where there are none, the arrays (.npy)."""
-    paths = sorted(folder.rglob("*"))
+def _files(folder: pathlib.Path, around: tuple[str, ...] = ()) -> Iterator[pathlib.Path]:
+    """Files in a folder and its subfolders, those that are links too.
+
+    Args:
+      folder: it.
+      around: real paths of the folders that it is in, which links may lead back to.
+
+    Raises:
+      UserError: a folder cannot be read; its images would be missing without a word.
+    """
+    real = os.path.realpath(folder)
+    if real in around:
+        return
+    try:
+        with os.scandir(folder) as entries:
+            found = [(folder / entry.name, _is_folder(entry)) for entry in entries]
+    except OSError as error:
+        raise UserError(f"cannot read data folder {folder}: {error.strerror}") from error
+    for path, is_folder in found:
+        if is_folder:
+            yield from _files(path, (*around, real))
+        else:
+            yield path
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _image_files(paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
+    """The image files of some; where there are none, the arrays (.npy)."""
     found = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
     return found or [path for path in paths if path.suffix.lower() == ".npy"]
 
 
 def _captions(folder: pathlib.Path, captioned: bool) -> list[tuple[pathlib.Path, list[str]]]:
     """Image paths with their captions, sorted by path."""
+    files = sorted(_files(folder))
     if not captioned:
-        return [(path, [""]) for path in _image_files(folder)]
-    tables = sorted(folder.rglob("metadata.jsonl"))
+        return [(path, [""]) for path in _image_files(files)]
+    tables = [path for path in files if path.name == "metadata.jsonl"]
     if tables:
         pairs = [pair for table in tables for pair in _read_table(table)]
         listed = {path for path, _ in pairs}
-        unlisted = [path for path in _image_files(folder) if path not in listed]
+        unlisted = [path for path in _image_files(files) if path not in listed]
         if unlisted:
             logging.warning(
                 "%d images in %s are in no metadata.jsonl and not used, the first is %s",
@@ -147,7 +179,7 @@ def _captions(folder: pathlib.Path, captioned: bool) -> list[tuple[pathlib.Path,
             )
         return sorted(pairs, key=lambda pair: pair[0])
     pairs, without = [], []
-    for path in _image_files(folder):
+    for path in _image_files(files):
         text = path.with_suffix(".txt")
         if text.is_file():
             try:

@@ -123,11 +123,43 @@ def read_index(folder: pathlib.Path) -> dict[str, Any] | None:
     try:
         index = json.loads(path.read_text("utf-8"))
         version = index["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if version == FORMAT:
+            _check_index(index)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {first_line(error)}") from error
     if version != FORMAT:
         raise UserError(f"{path} is of format {version}, this version reads {FORMAT}")
     return index
+
+
+def _check_index(index: Mapping[str, Any]) -> None:
+    """Raises ValueError where something that is needed is missing, or is something else."""
+
+    def check(where: str, value: Any, valid: bool) -> None:
+        if not valid:
+            raise ValueError(f"{where} is {str(value)[:80]}")
+
+    def is_sizes(value: Any, length: int) -> bool:
+        whole = isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+        return whole and length in (0, len(value))
+
+    for key, kind in {"done": bool, "image_size": int, "label_names": list, "splits": dict,
+                      "autoencoder": dict}.items():  # fmt: skip
+        check(key, index.get(key), isinstance(index.get(key), kind))
+    names = index["label_names"]
+    check("label_names", names, all(isinstance(name, str) for name in names))
+    check("dtype", index.get("dtype"), index.get("dtype") in DTYPES)
+    shape, encoder = index.get("moments_shape"), index["autoencoder"]
+    check("moments_shape", shape, is_sizes(shape, 3))
+    for key in ("fingerprint", "source"):
+        check(f"autoencoder.{key}", encoder.get(key), isinstance(encoder.get(key), str))
+    for name in SPLITS:
+        split = index["splits"].get(name)
+        check(f"splits.{name}", split, isinstance(split, dict))
+        check(f"splits.{name}.views", split.get("views"), is_sizes(split.get("views"), 2))
+        if index["done"]:
+            records = split.get("records")
+            check(f"splits.{name}.records", records, is_sizes(records, 0))
 
 
 class LatentSource:

@@ -1,6 +1,7 @@
 """Images on their way through an encoder into files: views, order, damage, stops."""
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -58,11 +59,13 @@ def read(split, out, shard):
     """Records of a file."""
     path = latents.shard_path(out, split.name, shard, split.num_shards)
     count = latents.count_records(path)
-    index = '{"format": 1, "done": true, "dtype": "float32", "moments_shape": [4, 4, 3], '
-    index += f'"label_names": [], "splits": {{"train": {{"views": [{split.crops}, {split.flips}], '
+    one = {"views": [split.crops, split.flips], "records": [count]}
+    index = {"format": 1, "done": True, "dtype": "float32", "moments_shape": [4, 4, 3],
+             "image_size": 16, "label_names": [], "splits": {"train": one, "test": one},
+             "autoencoder": {"fingerprint": "1234", "source": "a run"}}  # fmt: skip
     folder = out / f"read_{shard}"
     folder.mkdir()
-    (folder / "latents.json").write_text(index + f'"records": [{count}]}}}}}}')
+    (folder / "latents.json").write_text(json.dumps(index))
     (folder / "train-00000-of-00001.array_record").write_bytes(path.read_bytes())
     source = latents.LatentSource(folder, "train")
     return [source[i] for i in range(count)]

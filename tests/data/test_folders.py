@@ -240,10 +240,29 @@ def test_links_within_the_folder_and_to_whole_folders_are_followed(make_folder, 
     for split in ("train", "test"):
         (tmp_path / "other" / split).symlink_to(folder / "big")
     assert captions(tmp_path / "other", "train") == {"train/a.png": ["one"]}
+    (folder / "linked").symlink_to(tmp_path / "other" / "train")  # a class, say
+    (folder / "big" / "back").symlink_to(folder)  # a ring, which is gone round once
+    assert all_captions(folder) == {
+        "big/a.png": ["one"], "c.png": ["one"], "b.png": ["two"], "linked/a.png": ["one"]
+    }  # fmt: skip
     (folder / "d.png").symlink_to("d.png")  # a ring
     (folder / "metadata.jsonl").write_text(table({"file_name": "d.png", "text": "one"}))
     with raises_user_error("'d.png' does not exist"):
         open_source(str(folder), "train")
+
+
+def test_folders_that_cannot_be_read_are_not_left_out(make_folder, monkeypatch):
+    folder = make_folder({"big/a.png": None, "small/b.png": None})
+    scandir = os.scandir
+
+    def scan(path):
+        if pathlib.Path(path).name == "small":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    with raises_user_error(f"cannot read data folder {folder / 'small'}: Permission denied"):
+        open_source(str(folder), "train", caption_key="")
 
 
 def test_captions_that_are_no_files_or_too_large_are_refused(make_folder, monkeypatch):

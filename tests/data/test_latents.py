@@ -44,6 +44,7 @@ def write_folder(folder, counts=(3, 2), done=True, **changes):
     one = {"views": list(SHAPE[:2]), "records": list(counts)}
     index = {"format": 1, "done": done, "dtype": "float16", "moments_shape": list(SHAPE[2:]),
              "image_size": 16, "label_names": ["a", "b", "c"],
+             "autoencoder": {"fingerprint": "1234", "source": "a run"},
              "splits": {"train": one, "test": one}} | changes  # fmt: skip
     (folder / "latents.json").write_text(json.dumps(index))
     return folder
@@ -111,6 +112,27 @@ def check_refused(folder, match, split="train"):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "where",
+    ["done", "image_size", "moments_shape", "dtype", "label_names", "splits", "splits.train",
+     "splits.test.views", "splits.train.records", "autoencoder", "autoencoder.fingerprint",
+     "autoencoder.source"],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [None, 3.5, [1, "a"]])
+def test_an_index_that_lacks_something_is_damaged(tmp_path, where, value):
+    folder = write_folder(tmp_path)
+    index = json.loads((folder / "latents.json").read_text())
+    at, (*above, last) = index, where.split(".")
+    for key in above:
+        at = at[key]
+    if value is None:
+        del at[last]
+    else:
+        at[last] = value
+    (folder / "latents.json").write_text(json.dumps(index))
+    check_refused(folder, rf"latents\.json is damaged: {where} is")
+
+
 def test_what_is_no_finished_folder_is_refused(tmp_path):
     check_refused(tmp_path / "none", r"none holds no latents \(there is no latents.json\).*encode")
     check_refused(write_folder(tmp_path / "a", done=False), "are not finished; the command")
@@ -118,6 +140,8 @@ def test_what_is_no_finished_folder_is_refused(tmp_path):
     check_refused(write_folder(tmp_path / "c", counts=(0,)), "split 'train' .* is empty")
     folder = write_folder(tmp_path / "d")
     (folder / "latents.json").write_text("{")
+    check_refused(folder, r"latents\.json is damaged")
+    (folder / "latents.json").write_text("[" * 100_000)
     check_refused(folder, r"latents\.json is damaged")
     folder = write_folder(tmp_path / "e")
     (folder / "test-00001-of-00002.array_record").unlink()
