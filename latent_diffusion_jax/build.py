@@ -82,7 +82,20 @@ def data_sources(config: ConfigDict) -> tuple[pipeline.DecodedSource, pipeline.D
         )
         source.check(data.check_images, data.num_threads)
         sources.append(source)
-    return sources[0], sources[1]
+    train, test = sources
+    if _conditioning(config) == "class":
+        names, others = train.records.label_names, test.records.label_names
+        if list(names) != list(others):
+            raise UserError(
+                f"conditioning='class' needs labels in both splits of data {data.name!r}: "
+                f"{data.train_split!r} has {len(names)} classes, {data.test_split!r} has "
+                f"{len(others)} (images beside a folder's classes have none)"
+            )
+    return train, test
+
+
+def _conditioning(config: ConfigDict) -> str:
+    return config.conditioning if "diffusion" in config.stages else "none"
 
 
 def latent_sources(config: ConfigDict) -> tuple[LatentSource, LatentSource]:
@@ -92,6 +105,18 @@ def latent_sources(config: ConfigDict) -> tuple[LatentSource, LatentSource]:
         LatentSource(data.latents, split, data.retry_seconds) for split in latents.SPLITS
     )
     latents.check_use(train.index, data.latents, data.image_size, data.random_flip)
+    kind = _conditioning(config)
+    if kind in ("text", "clip") and train.index.get("data", {}).get("caption_key") == "":
+        raise UserError(
+            f"conditioning={kind!r} needs captions, and the latents in {data.latents} were encoded "
+            "without: encode again with --config.data.caption_key, where the data has some"
+        )
+    for split, source in zip(latents.SPLITS, (train, test), strict=True):
+        if kind == "class" and source[0]["label"] is None:
+            raise UserError(
+                f"conditioning='class' needs labels, and the latents in {data.latents} have none "
+                f"in the split {split!r}"
+            )
     return train, test
 
 

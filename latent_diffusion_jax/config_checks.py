@@ -14,6 +14,7 @@ from latent_diffusion_jax.diffusion.samplers import SAMPLERS
 from latent_diffusion_jax.diffusion.schedules import BETAS
 from latent_diffusion_jax.diffusion.solvers import VARIANCES
 from latent_diffusion_jax.models import remat
+from latent_diffusion_jax.models.clip_text import PUBLISHED
 from latent_diffusion_jax.models.discriminator import NORMS
 from latent_diffusion_jax.models.precision import PRECISIONS
 from latent_diffusion_jax.models.unet import ATTENTIONS
@@ -22,6 +23,7 @@ from latent_diffusion_jax.runtime.commands import flatten
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.training import autoencoder_losses
 from latent_diffusion_jax.training.autoencoder_stage import TRAINED
+from latent_diffusion_jax.training.keeper import Keeping
 
 STAGES = ("first_stage", "diffusion")
 
@@ -79,10 +81,24 @@ IN_UNIT_INTERVAL = (
     "sample.eta",
     "sample.guidance_rescale",
 )
+OPTIMIZERS = ("first_stage.optimizer", "first_stage.discriminator_optimizer", "optimizer")
+OPTIMIZER_RANGES = {  # both ends included
+    "learning_rate": (0.0, 1e3),
+    "warmup_steps": (0, 1e12),
+    "final_fraction": (0.0, 1.0),
+    "weight_decay": (0.0, 1e3),
+    "clip_norm": (0.0, 1e12),
+}
+MOST_IN_BFLOAT16 = 0.995  # decay of a moving average
+MAX_SEED = 2**32 - 1  # all bits that JAX takes of one
+MAX_THREADS = 1024
 VQ_ONLY = ("first_stage.autoencoder.codebook_size", "first_stage.codebook.")
 BELOW_ONE = ("first_stage.ema_decay", "first_stage.codebook.decay", "unet.dropout")
 NOT_NEGATIVE = (
     "seed",
+    "profile.after",
+    "profile.steps",
+    "first_stage.loss.disc_start",
     "max_skipped_steps",
     "keep_every",
     "grace_seconds",
@@ -134,6 +150,7 @@ NAMES: dict[str, Any] = {
     "text_encoder.dtype": build.DTYPES,
     "conditioning": build.CONDITIONINGS,
     "clip.dtype": build.DTYPES,
+    "clip.model": PUBLISHED,
     "unet.attention": ATTENTIONS,
     "unet.dtype": build.DTYPES,
     "unet.remat": remat.POLICIES,
@@ -165,6 +182,7 @@ def check_config(config: ConfigDict) -> None:
             )
         _check_values(flatten(config))
         _check_optimizers(config)
+        _check_kept_best(config)
         _check_image_size(config)
         if "first_stage" in config:
             _check_first_stage(config)
@@ -198,6 +216,9 @@ def _check_values(values: dict[str, Any]) -> None:
     for key, value in present(NOT_NEGATIVE):
         if value < 0:
             raise UserError(f"{key}={value} must not be negative")
+    for key, most in (("seed", MAX_SEED), ("data.num_threads", MAX_THREADS)):
+        if values[key] > most:
+            raise UserError(f"{key}={values[key]} must be at most {most}")
     for key, value in present(IN_UNIT_INTERVAL):
         if not 0.0 <= value <= 1.0:
             raise UserError(f"{key}={value} must be in [0, 1]")
@@ -218,12 +239,42 @@ def _check_stages(stages: tuple[str, ...]) -> None:
 
 
 def _check_optimizers(config: ConfigDict) -> None:
-    values = flatten(config)
-    for key, value in values.items():
-        if key.endswith("optimizer.betas") and len(value) != 2:
-            raise UserError(f"{key}={value} must be two numbers")
-        if key.endswith("optimizer.eps") and value <= 0:
-            raise UserError(f"{key}={value} must be positive")
+    """Numbers with which an optimizer would make weights that are none, or turn them round."""
+    for where in OPTIMIZERS:
+        *outer, name = where.split(".")
+        section = config.get(outer[0], {}) if outer else config
+        if name not in section:
+            continue
+        values = section[name]
+        for key, (low, high) in OPTIMIZER_RANGES.items():
+            if not low <= values[key] <= high:  # NaN is not
+                raise UserError(f"{where}.{key}={values[key]} must be in [{low:g}, {high:g}]")
+        betas = tuple(values.betas)
+        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+            raise UserError(f"{where}.betas={betas} must be two numbers, at least 0 and below 1")
+        if not 0.0 < values.eps < math.inf:
+            raise UserError(f"{where}.eps={values.eps} must be positive")
+        _check_follows(f"{where}.nu_dtype", values.nu_dtype, f"{where}.betas' second", betas[1])
+
+
+def _check_follows(key: str, dtype: str, of_what: str, decay: float) -> None:
+    """Bfloat16 rounds away what a slow moving average moves by: it would stay where it began."""
+    if dtype == "bfloat16" and decay > MOST_IN_BFLOAT16:
+        raise UserError(
+            f"{key}='bfloat16' does not follow {of_what}={decay}: that takes 'float32', or at most "
+            f"{MOST_IN_BFLOAT16}"
+        )
+
+
+def _check_kept_best(config: ConfigDict) -> None:
+    """That figures by which the best checkpoints stay are among those of the held-out data."""
+    if "first_stage" in config.stages:
+        loss = config.first_stage.loss
+        figures = ["l1", "psnr", *(["lpips"] if loss.lpips_weights else [])]
+        Keeping(best=config.first_stage.keep_best).check(dict.fromkeys(figures))
+    if "diffusion" in config.stages:
+        figures = ["loss", "mse", *(["vlb"] if config.objective.learned_variance else [])]
+        Keeping(best=config.keep_best).check(dict.fromkeys(figures))
 
 
 def _check_network(name: str, section: ConfigDict) -> None:
@@ -268,6 +319,11 @@ def _check_image_size(config: ConfigDict) -> None:
 def _check_first_stage(config: ConfigDict) -> None:
     first, size = config.first_stage, config.data.image_size
     network, loss = first.autoencoder, first.loss
+    _check_follows(
+        "first_stage.ema_dtype", first.ema_dtype, "first_stage.ema_decay", first.ema_decay
+    )
+    if not math.isfinite(loss.logvar):
+        raise UserError(f"first_stage.loss.logvar={loss.logvar} must be a finite number")
     if first.batch_size % first.accumulation:
         raise UserError(
             f"first_stage.accumulation={first.accumulation} must divide first_stage.batch_size="
@@ -311,6 +367,11 @@ def _check_conditioning(config: ConfigDict) -> None:
         raise UserError(
             "clip.path is empty; give a folder of diffusers that has text_encoder/ and tokenizer/"
         )
+    if kind in ("text", "clip") and not config.data.caption_key and not config.data.latents:
+        raise UserError(
+            f"conditioning={kind!r} needs captions, and data.caption_key='' says that there are "
+            "none"
+        )
     attends = kind in ("text", "clip") or (kind == "class" and config.class_embedding.width > 0)
     if attends and config.unet.attention == "self":
         raise UserError(
@@ -336,6 +397,7 @@ def _check_conditioning(config: ConfigDict) -> None:
 
 def _check_second_stage(config: ConfigDict) -> None:
     unet = config.unet
+    _check_follows("ema_dtype", config.ema_dtype, "ema_decay", config.ema_decay)
     if config.batch_size % config.accumulation:
         raise UserError(
             f"accumulation={config.accumulation} must divide batch_size={config.batch_size}"

@@ -131,10 +131,14 @@ def evaluate(
       Figures, and samples uint8 [N, H, W, C].
     """
     pipe = pipelines.load(workdir)
+    channels = build.image_channels(pipe.config)
+    if channels not in images.MODES:
+        raise UserError(f"samples of {channels} channels are no pictures, which have 1, 3 or 4")
     train_source, test_source = build.data_sources(pipe.config)
-    size = pipe.config.data.image_size
-    train_pixels, _, train_labels = read_split(train_source, size, max_real)
-    test_pixels, test_captions, test_labels = read_split(test_source, size, max_real)
+    data = pipe.config.data
+    sizes = data.image_size, data.resize
+    train_pixels, _, train_labels = read_split(train_source, *sizes, max_real)
+    test_pixels, test_captions, test_labels = read_split(test_source, *sizes, max_real)
     train_features, test_features = grey_features(train_pixels), grey_features(test_pixels)
 
     if len(train_pixels) <= NEIGHBOURS:

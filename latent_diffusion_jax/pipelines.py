@@ -322,7 +322,8 @@ def load(
     Raises:
       UserError: nothing is there, or it is damaged, incomplete or of another kind.
     """
-    use_persistent_cache()
+    if processes.num_processes() == 1:  # several need a folder that all of them see
+        use_persistent_cache()
     return Pipeline(
         loading.load_model(
             path,

@@ -1,6 +1,7 @@
 """From a request to images as one pure function: text encoder, guided sampling loop, decoder."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,8 @@ def make_plan(
     Raises:
       ValueError: a setting is unknown or out of its range, or does not fit the model.
     """
+    if not math.isfinite(settings.guidance_scale):
+        raise ValueError(f"guidance_scale must be a finite number, got {settings.guidance_scale}")
     low, high = settings.guidance_interval
     for name, value, most in (
         ("eta", settings.eta, 1.0),

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import math
 import pathlib
 
 import jax
@@ -264,6 +265,25 @@ def changed(key: str, value) -> ConfigDict:
         ("num_steps", 0, ["num_steps=0", "at least 1"]),
         ("first_stage.num_steps", 0, ["first_stage.num_steps=0", "at least 1"]),
         ("first_stage.autoencoder.dtype", "float8", ["'float8'", "float32, bfloat16"]),
+        ("optimizer.learning_rate", math.nan, ["optimizer.learning_rate=nan must be in [0, 1000]"]),
+        ("optimizer.learning_rate", -1e-4, ["optimizer.learning_rate=-0.0001 must be in"]),
+        ("first_stage.optimizer.weight_decay", math.nan, ["first_stage.optimizer.weight_decay"]),
+        ("optimizer.clip_norm", -1.0, ["optimizer.clip_norm=-1.0 must be in"]),
+        ("optimizer.warmup_steps", -5, ["optimizer.warmup_steps=-5 must be in"]),
+        ("optimizer.final_fraction", -1.0, ["optimizer.final_fraction=-1.0 must be in [0, 1]"]),
+        ("optimizer.eps", math.nan, ["optimizer.eps=nan must be positive"]),
+        ("optimizer.betas", (0.9, 1.0), ["optimizer.betas=(0.9, 1.0)", "below 1"]),
+        ("first_stage.discriminator_optimizer.betas", (0.9,), ["must be two numbers"]),
+        ("optimizer.betas", (1.5, -2.0), ["optimizer.betas=(1.5, -2.0)"]),
+        ("first_stage.loss.logvar", math.nan, ["first_stage.loss.logvar=nan must be a finite"]),
+        ("keep_best", "-psnr", ["keep_best='-psnr' is no figure", "it has loss, mse"]),
+        ("first_stage.keep_best", "lpips", ["it has l1, psnr"]),
+        ("data.caption_key", "", ["conditioning='text' needs captions", "data.caption_key=''"]),
+        ("sample.guidance_scale", math.nan, ["guidance_scale must be a finite number, got nan"]),
+        ("seed", 2**32, ["seed=4294967296 must be at most 4294967295"]),
+        ("data.num_threads", 10**6, ["data.num_threads=1000000 must be at most 1024"]),
+        ("profile.after", -1, ["profile.after=-1 must not be negative"]),
+        ("first_stage.loss.disc_start", -3, ["first_stage.loss.disc_start=-3"]),
     ],
 )
 def test_wrong_values_are_named(key, value, said):
@@ -272,6 +292,23 @@ def test_wrong_values_are_named(key, value, said):
     assert "\n" not in str(raised.value)
     for part in said:
         assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "decay", "slow", "said"),
+    [
+        ("ema_dtype", "ema_decay", 0.9999, "ema_decay=0.9999"),
+        ("first_stage.ema_dtype", "first_stage.ema_decay", 0.999, "first_stage.ema_decay=0.999"),
+        ("optimizer.nu_dtype", "optimizer.betas", (0.9, 0.999), "optimizer.betas' second=0.999"),
+    ],
+)
+def test_halves_do_not_follow_slow_averages(dtype, decay, slow, said):
+    """They would stay what they began as."""
+    config = changed(decay, slow)
+    config_checks.check_config(config)
+    config.update_from_flattened_dict({dtype: "bfloat16"})
+    with pytest.raises(UserError, match=f"{dtype}='bfloat16' does not follow {said}: that takes"):
+        config_checks.check_config(config)
 
 
 @pytest.mark.parametrize(

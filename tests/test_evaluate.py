@@ -40,10 +40,26 @@ def test_samples_must_divide_by_the_classes(trained_workdir):
         evaluate.evaluate(trained_workdir, num_samples=15, max_real=100, seed=0)
 
 
+def test_real_images_are_resized_as_those_that_were_trained_on(smoke_config):
+    smoke_config.data.resize = 48
+    train, _ = build.data_sources(smoke_config)
+    pixels, captions, labels = read_split(train, 32, 48, 3)
+    prepare = build.example_maker(smoke_config)
+    for i, image in enumerate(pixels):
+        np.testing.assert_array_equal(image, prepare(train[i], None)["image"])
+    assert len(captions) == len(labels) == 3
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_grey_levels_of_any_picture(channels):
+    pixels = np.full((2, 64, 64, channels), 51, np.uint8)
+    np.testing.assert_allclose(grey_features(pixels), 0.2)
+
+
 def test_real_images_in_the_samples_place_are_rated_high(smoke_config):
     train, test = build.data_sources(smoke_config)
-    real = grey_features(read_split(train, 32, 10_000)[0])
-    held_out = grey_features(read_split(test, 32, 10_000)[0])
+    real = grey_features(read_split(train, 32, 0, 10_000)[0])
+    held_out = grey_features(read_split(test, 32, 0, 10_000)[0])
     chosen = np.random.default_rng(0).permutation(len(real))
     precision, recall = precision_recall(real[chosen[500:]], held_out, real[chosen[:500]])
     assert precision > 0.8 and recall > 0.8

@@ -21,6 +21,7 @@ from latent_diffusion_jax.planning import programs
 from latent_diffusion_jax.runtime import checkpoints, saved_programs, sharding
 from latent_diffusion_jax.runtime.errors import DataError, StorageError, UserError
 from latent_diffusion_jax.train import check_workdir, train
+from latent_diffusion_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -261,6 +262,22 @@ def test_data_that_vanishes_ends_the_run_with_everything_saved(
     away.rename(folder)
     assert train(smoke_config, tmp_path / "run")
     assert_same_state(tmp_path / "whole", tmp_path / "run", "first_stage")
+
+
+def test_data_that_vanish_in_the_last_evaluation_cost_its_figures_alone(
+    data_dir, tmp_path, monkeypatch
+):
+    config = pixel.get_config("smoke")
+    config.data.data_dir, config.num_steps, config.eval_every = data_dir, 2, 2
+
+    def gone(*_):
+        raise DataError("cannot read the data")
+
+    monkeypatch.setattr(loop, "in_order", gone)
+    assert train(config, tmp_path)
+    assert checkpoints.latest_step(tmp_path / "diffusion") == 2
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert any("train/loss" in row for row in rows) and not any("test/loss" in row for row in rows)
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(smoke_config, tmp_path, small_files):

@@ -20,7 +20,7 @@ def label_conditioning(num_labels: int, previews: Sequence[int]) -> Conditioning
 
     def prepare(record: dict[str, Any], rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         del rng
-        if record["label"] is None:
+        if record["label"] is None or record["label"] < 0:  # as TFDS says that there is none
             raise UserError(f"image {record['name']} has no label, conditioning='class' needs one")
         return {"label": np.array(record["label"], np.int32)}
 

@@ -22,6 +22,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 TRAIN, TEST = "train", ("test", "validation", "valid", "val")  # subfolders that are splits
 CAPTION_COLUMNS = ("file_name", "text")
 MAX_CAPTION, MAX_TABLE = 2**20, 2**32  # bytes of a .txt file, and of a metadata.jsonl
+LOST_AND_FOUND = "lost+found"  # on every disk of Linux', and for its administrator alone
 SHOWN = 200  # characters of what a table has in place of the columns that it should have
 # What is the matter with one file. All else (EIO, ESTALE, EMFILE, ...) may be over soon.
 FILE_ERRORS = (
@@ -141,6 +142,8 @@ def _files(folder: pathlib.Path, around: tuple[str, ...] = ()) -> Iterator[pathl
         with os.scandir(folder) as entries:
             found = [(folder / entry.name, _is_folder(entry)) for entry in entries]
     except OSError as error:
+        if folder.name == LOST_AND_FOUND and error.errno in (errno.EACCES, errno.EPERM):
+            return
         raise UserError(f"cannot read data folder {folder}: {error.strerror}") from error
     for path, is_folder in found:
         if is_folder:
@@ -199,7 +202,7 @@ def _captions(folder: pathlib.Path, captioned: bool) -> list[tuple[pathlib.Path,
             f"{len(without)} of {len(pairs) + len(without)} images in {folder} have no caption, "
             f"the first is {escaped(str(without[0].relative_to(folder)))}: expected "
             f"{escaped(without[0].stem)}.txt beside it, or a metadata.jsonl (data.caption_key='' "
-            "is for images without captions)"
+            "is for images without captions, and models without prompts)"
         )
     return pairs
 

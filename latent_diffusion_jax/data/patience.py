@@ -42,6 +42,8 @@ class Patience:
         self._seconds = seconds
         self._lock = threading.Lock()
         self._said = -SAY_EVERY
+        self._away_since: float | None = None  # for all threads together
+        self._stopping_since: float | None = None
 
     def read(self, read: Callable[[], T]) -> T:
         """What `read` gives.
@@ -49,17 +51,13 @@ class Patience:
         Raises:
           DataError: nothing, in all that time; soon where the process was asked to stop.
         """
-        start = time.monotonic()
-        stopping_since = None
         while True:
             try:
-                return read()
+                found = read()
+                self._away_since = self._stopping_since = None
+                return found
             except OSError as error:
-                now = time.monotonic()
-                waited = now - start
-                if stopping.asked() and stopping_since is None:
-                    stopping_since = now
-                stopped = stopping_since is not None and now - stopping_since >= STOPPING_SECONDS
+                waited, stopped = self._waited()
                 reason = f"{error.strerror or error}"
                 if error.filename:
                     reason = f"{error.filename}: {reason}"
@@ -71,6 +69,20 @@ class Patience:
                     ) from error
                 self._say(reason, self._seconds - waited)
             _pause(min(PAUSE, self._seconds))
+
+    def _waited(self) -> tuple[float, bool]:
+        """For how many seconds nothing could be read, and whether too long for one that stops.
+
+        Threads do not count on their own: each would begin anew with the next record.
+        """
+        with self._lock:
+            now = time.monotonic()
+            if self._away_since is None:
+                self._away_since = now
+            if stopping.asked() and self._stopping_since is None:
+                self._stopping_since = now
+            since = self._stopping_since
+            return now - self._away_since, since is not None and now - since >= STOPPING_SECONDS
 
     def _say(self, reason: str, left: float) -> None:
         with self._lock:

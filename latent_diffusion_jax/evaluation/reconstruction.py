@@ -5,7 +5,7 @@ few, the picture to look at; so the number of images is not limited by memory.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -121,7 +121,7 @@ def measure_reconstructions(
         record = source[min(index, num_images - 1)]
         return image_example(record, None, image_size, random_flip=False, resize=resize)
 
-    rows = _rows(read, num_images, batch_size, num_threads)
+    rows = _rows(read, num_images, sharding.own_rows(batch_size, mesh), batch_size, num_threads)
     waiting: dict[str, jax.Array] | None = None
     # The host counts one batch while the devices work on the next.
     for number, batch in enumerate(rows):
@@ -137,15 +137,25 @@ def measure_reconstructions(
 
 
 def _rows(
-    read: Callable[[int], np.ndarray], num_images: int, batch_size: int, num_threads: int
+    read: Callable[[int], np.ndarray],
+    num_images: int,
+    own: Sequence[int],
+    batch_size: int,
+    num_threads: int,
 ) -> Iterator[np.ndarray]:
-    """This process' rows of every batch; to be full, the last one goes beyond the last image."""
-    count, process = jax.process_count(), jax.process_index()
-    filled = -(-num_images // batch_size) * batch_size
+    """This process' own rows of every batch; to be full, the last one goes beyond the last image.
 
-    batches = grain.MapDataset.range(filled).map(read).batch(batch_size // count)
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * batch_size)
-    return iter(batches[process::count].to_iter_dataset(options))
+    So many images are read ahead as two batches have.
+    """
+
+    def read_own(place: int) -> np.ndarray:
+        batch, row = divmod(place, len(own))
+        return read(batch * batch_size + own[row])
+
+    count = -(-num_images // batch_size) * len(own)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * len(own))
+    rows = grain.MapDataset.range(count).map(read_own).to_iter_dataset(options)
+    return iter(rows.batch(len(own)))
 
 
 def to_levels(images: jax.Array) -> jax.Array:

@@ -125,6 +125,8 @@ class _Walk:
             for name, seconds in started.items():  # one after the other: they share the links
                 started[name] = max(seconds - left, 0.0)
                 left = max(left - seconds, 0.0)
+        for seconds in started.values():  # whose end is not found
+            self._exposed(total, seconds)
         for found, meanwhile in hidden.values():
             total.collectives.append((found, 1.0))
             self._exposed(total, max(found.seconds(self._slices) - meanwhile, 0.0))

@@ -9,12 +9,14 @@ which are compared when they are read.
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import math
 import pathlib
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -94,7 +96,8 @@ def open_manager(
         cleanup_tmp_directories=create,
         # Otherwise a folder that cannot be made is an error only after ten minutes of waiting.
         async_options=ocp.AsyncOptions(
-            create_directories_asynchronously=False, barrier_sync_fn=_meet_unless_failed
+            create_directories_asynchronously=False,
+            barrier_sync_fn=functools.partial(_meet_unless_failed, threading.current_thread()),
         ),
     )
     directory = directory.absolute()
@@ -112,14 +115,18 @@ def open_manager(
         manager.close()
 
 
-def _meet_unless_failed(*, key: str, timeout_ms: int) -> None:
+def _meet_unless_failed(caller: threading.Thread, *, key: str, timeout_ms: int) -> None:
     """Waits for the other processes, but not on the way out of an error, which ends them all.
 
     When a save is over, well or not, Orbax waits for all of them to say so. Those that have written
     their part wait elsewhere for one that has failed, and its error would never be heard of.
+
+    Args:
+      caller: thread that starts saves, which may be in the middle of an error of its own.
+      key, timeout_ms: of the barrier, from Orbax.
     """
     error = sys.exception()
-    if error is not None:
+    if error is not None and threading.current_thread() is not caller:
         raise error
     multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 

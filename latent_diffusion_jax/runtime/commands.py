@@ -205,8 +205,6 @@ class StopRequest:
         self._told: socket.socket | None = None
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._on_signal)
         if self._grace_seconds:
             # Python runs handlers when the main thread is out of foreign code, which may compile
             # for minutes; into this socket each signal's number is written at once.
@@ -214,6 +212,8 @@ class StopRequest:
             self._told.setblocking(False)
             self._fd = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
             threading.Thread(target=self._count, args=[signals], name="grace", daemon=True).start()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:

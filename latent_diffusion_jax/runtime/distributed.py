@@ -113,10 +113,13 @@ def _say_when_cut_off(address: str | None) -> None:
 
     def lost() -> str:
         if process_index() == 0:
-            now, most = time.monotonic(), ALIVE_SECONDS + 2 * WATCH_SECONDS
+            # A sign of life may be seen as late as the next one is sent.
+            now, most = time.monotonic(), 2 * ALIVE_SECONDS + 3 * WATCH_SECONDS
             silent = [key for key, (_, when) in list(_heard.items()) if now - when > most]
             names = ", ".join(key.removeprefix(ALIVE) for key in silent)
-            return names and f"process {names} of {num_processes()} was lost, and started anew"
+            return (
+                names and f"process {names} of {num_processes()} seems to be lost, and started anew"
+            )
         try:
             socket.create_connection((host, int(port)), 2.0).close()
         except (OSError, ValueError):

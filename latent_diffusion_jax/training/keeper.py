@@ -106,6 +106,8 @@ def open_keeper(folder: pathlib.Path, keeping: Keeping) -> Iterator[Keeper]:
     scores = _scores(folder / SCORES, keeping.best) if keeping.best else {}
     kept = checkpoints.Kept(keeping.last, keeping.every, bool(keeping.best), scores)
     with checkpoints.open_manager(folder, kept=kept, create=True) as manager:
+        for step in [step for step in scores if step > (manager.latest_step() or 0)]:
+            del scores[step]  # of a checkpoint that a kill has prevented, and that comes anew
         yield Keeper(folder, manager, keeping, kept)
 
 

@@ -202,6 +202,9 @@ def train_stage(
             items = {"data": ahead.position, "config": run.config, "info": info, **kept}
             keeper.save(step, state, items)
 
+        def goes_on() -> str:
+            return f"the same command goes on from step {keeper.last()}"
+
         ahead = _Ahead(loader, lambda rows: sharding.put_batch(rows, mesh, batch_size))
         if keep_best:
             keeping.check(jax.eval_shape(stage.eval_step, state, ahead.batch, eval_key))
@@ -291,20 +294,29 @@ def train_stage(
         except DataError as error:
             # Of several processes the others do not know, and their devices wait for this one's.
             alone = processes.num_processes() == 1
-            if alone and saved < step < num_steps:
+            if alone and step == num_steps:
+                logging.warning(
+                    "%s: its last evaluation is cut short, `evaluate` makes the figures: %s",
+                    *(name, error),
+                )
+                saved = step
+            elif alone and saved < step:
                 finish_steps()
                 read()
                 save(step, {})
                 saved = step
                 keeper.wait()
             stopped_alone = alone and run.should_stop()
-            if not (stopped_alone and saved == step):
-                raise DataError(
-                    f"{error}; the same command goes on from step {keeper.last()}"
-                ) from error
-            logging.warning("%s: %s", name, error)
+            if not alone or (step < num_steps and not (stopped_alone and saved == step)):
+                raise DataError(f"{error}; {goes_on()}") from error
+            if step < num_steps:
+                logging.warning("%s: %s", name, error)
         if step == num_steps:
-            save(step, at_end(state))
+            try:
+                info = at_end(state)
+            except DataError as error:
+                raise DataError(f"{error}; {goes_on()}") from error
+            save(step, info)
         keeper.wait()
     if step < num_steps:
         logging.info(

@@ -31,7 +31,10 @@ MAX_PICKLE = 64 << 20  # bytes; that of Stable Diffusion with its optimizer has 
 MAX_OPERATIONS = 1_000_000  # of a pickle, each of which may make an object; that one has 100,000
 MAX_NAMES = 10_000  # of things that are not tensors, each of which takes 2 KiB
 MAX_KEYS = 10_000  # that are tuples or sets, which may be made to have one hash and take for ever
-MAX_BITS = 64  # of a whole number, for the same reason
+MAX_LONG = (
+    1_000  # numbers of more than 64 bits, for the same reason; a trainer's generators have some
+)
+MAX_BITS = 4_096  # that those have
 MAX_DIMS = 64  # NumPy's
 MAX_GROWTH = 8  # times the file's bytes that its tensors may take
 MIN_GROWTH = 64 << 20  # bytes that they may take in any case
@@ -140,7 +143,7 @@ class _Inert:
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Any:
     """What `torch._utils._rebuild_tensor_v2` is called with, kept for later."""
-    if not isinstance(storage, _Storage):
+    if not isinstance(storage, _Storage) or type(offset) is not int:
         return _Inert()
     return _Tensor(storage, offset, _dims(shape), _dims(strides))
 
@@ -149,7 +152,7 @@ def _rebuild_typed_tensor(
     storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
 ) -> Any:
     """As above for dtypes that have no storage class: the storage is of bytes."""
-    if not isinstance(storage, _Storage):
+    if not isinstance(storage, _Storage) or type(offset) is not int:
         return _Inert()
     size = storage.size // dtype.numpy().itemsize
     storage = dataclasses.replace(storage, dtype=dtype.numpy(), size=size)
@@ -237,7 +240,7 @@ def _load(file: BinaryIO) -> tuple[Any, dict[str, np.dtype]]:
       FormatError: it would take far more memory or time than its length.
     """
     start = file.tell()
-    tuples = _Tuples()
+    tuples, long = _Tuples(), 0
     for count, (code, argument, place) in enumerate(pickletools.genops(file)):
         # Objects are numbered as they come; the unpickler makes room for all numbers up to one.
         numbers = code.name in ("PUT", "BINPUT", "LONG_BINPUT")
@@ -247,9 +250,10 @@ def _load(file: BinaryIO) -> tuple[Any, dict[str, np.dtype]]:
             raise FormatError(f"its pickle has more than {MAX_PICKLE >> 20} MiB")
         if count > MAX_OPERATIONS:
             raise FormatError(f"its pickle has more than {MAX_OPERATIONS} operations")
-        long = isinstance(argument, int) and argument.bit_length() > MAX_BITS
-        if long and argument != LEGACY_MAGIC:
-            raise FormatError(f"it is damaged: its pickle has numbers of more than {MAX_BITS} bits")
+        bits = argument.bit_length() if isinstance(argument, int) else 0
+        long += bits > 64
+        if long > MAX_LONG or bits > MAX_BITS:
+            raise FormatError("its pickle has numbers without end, or too many that are very large")
         tuples.follow(code, argument)
     file.seek(start)
     unpickler = _Unpickler(file)
@@ -258,7 +262,10 @@ def _load(file: BinaryIO) -> tuple[Any, dict[str, np.dtype]]:
 
 # Operations that put keys into dicts and sets: where those begin in what they take from the stack.
 _KEYED = {"SETITEM": 1, "SETITEMS": 1, "DICT": 0, "ADDITEMS": 1, "FROZENSET": 0}
-_KEEPING = ("REDUCE", "BINPERSID", "DUP", "FROZENSET")  # whose results hold what they take
+_KEEPING = (  # whose results hold what they take
+    *("REDUCE", "OBJ", "INST", "NEWOBJ", "NEWOBJ_EX", "BUILD"),
+    *("BINPERSID", "DUP", "FROZENSET"),
+)
 
 
 class _Tuples:

@@ -129,3 +129,28 @@ def test_who_is_asked_to_stop_gives_a_moment_to_what_fails_once():
         assert Patience(60.0).read(read) == 7
     finally:
         stopping.ask(False)
+
+
+def test_the_time_given_is_of_all_reads_together():
+    """Threads that read ahead would each begin anew with the next record."""
+    there = Patience(0.5)
+    tries = []
+
+    def read():
+        tries.append(1)
+        raise FileNotFoundError(2, "No such file")
+
+    for _ in range(3):
+        with pytest.raises(DataError):
+            there.read(read)
+    waited = len(tries)
+    start = time.monotonic()
+    for _ in range(20):
+        with pytest.raises(DataError):
+            there.read(read)
+    assert len(tries) == waited + 20 and time.monotonic() - start < 0.5
+    assert there.read(lambda: 7) == 7  # it is back
+    tries.clear()
+    with pytest.raises(DataError):
+        there.read(read)
+    assert len(tries) > 2

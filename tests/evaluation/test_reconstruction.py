@@ -210,6 +210,23 @@ def test_four_channels_have_psnr_and_ssim_alone(narrow_lpips):
             measure(model, source(channels=4), **{judge: narrow_lpips})
 
 
+@pytest.mark.parametrize("own", [[0, 1, 2, 3], [2, 3], [0, 3]])
+def test_a_process_has_its_own_rows_of_every_batch(own):
+    """They need not follow each other on TPUs; and little is read ahead."""
+    asked = []
+
+    def read(index):
+        asked.append(index)
+        return np.array([index])
+
+    batches = reconstruction._rows(read, 103, own, 4, 2)
+    first = next(batches)
+    assert len(asked) <= 4 * len(own) + 4
+    found = [first, *batches]
+    expected = [[[4 * batch + row] for row in own] for batch in range(26)]
+    np.testing.assert_array_equal(np.stack(found), expected)
+
+
 def test_levels_are_rounded_as_on_the_host():
     x = np.random.default_rng(0).normal(size=(50, 50)).astype(np.float32)
     x[0] = np.linspace(-1, 1, 50)

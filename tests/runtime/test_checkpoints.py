@@ -57,6 +57,15 @@ def save(directory, steps, items=ITEMS, keep=5, state=None):
         manager.wait_until_finished()
 
 
+def test_a_save_in_the_middle_of_another_error_is_a_save(tmp_path):
+    """As where data are gone, and what was learned is kept."""
+    try:
+        raise OSError("data are gone")
+    except OSError:
+        save(tmp_path, [1, 2])
+    assert checkpoints.latest_step(tmp_path) == 2
+
+
 def restore(directory, step, shapes):
     with checkpoints.open_manager(directory) as manager:
         return checkpoints.restore_state(manager, step, shapes)

@@ -273,7 +273,10 @@ with StopRequest(grace_seconds=1.0):
 
 def test_the_grace_counts_while_the_main_thread_is_in_foreign_code():
     process = start("-c", COMPILING)
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 74 and "not saved within the 1 s" in errors
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from latent_diffusion_jax.runtime import distributed, processes
+from latent_diffusion_jax.runtime import checkpoints, distributed, processes
 from tests import launcher
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -213,9 +213,9 @@ def test_a_save_that_fails_on_one_ends_all_with_its_reason(failing, tmp_path):
     outcomes = run(main)
     assert time.monotonic() - begin < 60
     assert [status for status, _ in outcomes] == [74, 74]
-    (said,) = [line for _, lines in outcomes for line in lines if "cannot save" in line]
-    assert "File too large; the last whole one is that of step 1" in said
-    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    said = [line for _, lines in outcomes for line in lines if "cannot save" in line]
+    assert any("File too large; the last whole one is that of step 1" in line for line in said)
+    assert checkpoints.latest_step(tmp_path) == 1
 
 
 def test_a_bug_is_said_by_the_one_that_meets_it():
@@ -273,17 +273,16 @@ def test_one_that_is_back_before_it_is_missed_is_named_too():
     """JAX aborts the first process, whose connection to the one before is still there."""
     dies = "if me == 1: time.sleep(2); os.kill(os.getpid(), signal.SIGKILL)"
     address = f"127.0.0.1:{launcher.load().free_port()}"
-    first, second = start(f"{dies}\n    {WAIT}", JAX_COORDINATOR_ADDRESS=address)
+    patient = "distributed.SILENT_SECONDS = 300"
+    first, second = start(f"{dies}\n    {WAIT}", patient, JAX_COORDINATOR_ADDRESS=address)
     second.wait(timeout=60)
-    time.sleep(5)  # as launch/supervise.sh
+    time.sleep(8)
     (again,) = start(WAIT, processes=[1], JAX_COORDINATOR_ADDRESS=address)
-    begin = time.monotonic()
-    assert first.wait(timeout=60) == distributed.NOT_MET
-    assert time.monotonic() - begin < 20, "it was missed"
+    assert first.wait(timeout=50) == distributed.NOT_MET  # JAX would miss it after a minute
     again.kill()
     (_, errors), _, _ = ends([first, second, again])
     (said,) = [line for line in errors if line.startswith("error: ")]
-    assert said.startswith("error: process 1 of 2 was lost, and started anew; the same command")
+    assert said.startswith("error: process 1 of 2 seems to be lost, and started anew; the same")
 
 
 def test_one_that_hangs_is_left_by_jax_too():
