@@ -40,7 +40,7 @@ from latent_diffusion_jax.evaluation.precision_recall import precision_recall
 from latent_diffusion_jax.evaluation.prompt_accuracy import balanced_prompts, fit_reader
 from latent_diffusion_jax.evaluation.psnr import psnr
 from latent_diffusion_jax.evaluation.real_images import grey_features, read_split
-from latent_diffusion_jax.runtime import checkpoints, images, loggers, processes, sharding
+from latent_diffusion_jax.runtime import checkpoints, files, images, loggers, processes, sharding
 from latent_diffusion_jax.runtime.commands import run
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.images import to_float
@@ -303,6 +303,8 @@ def main() -> None:
     loggers.set_up_logging()
     given = [name for name in (*SAMPLING, *FIRST_STAGE) if FLAGS[name].present]
     path, out, alone = what_to_measure(FLAGS.workdir, FLAGS.first_stage, FLAGS.out, given)
+    if processes.process_index() == 0 and (FLAGS.out or path.is_dir()):
+        files.check_folder(out, f"--out={FLAGS.out}" if FLAGS.out else f"workdir {out}")
     if alone:
         figures, shown = evaluate_first_stage(
             path,
@@ -333,10 +335,10 @@ def main() -> None:
         picture = images.grid(samples[chosen], columns=10)
     if jax.process_index() != 0:
         return
-    images.save_png(out / "evaluation.png", picture)  # makes the folder
-    checkpoints.write_json(out / "evaluation.json", figures)
     for name, value in figures.items():
-        print(f"{name:16}", f"{value:.4f}" if isinstance(value, float) else value)
+        print(f"{name:16}", f"{value:.4f}" if isinstance(value, float) else value, flush=True)
+    images.save_png(out / "evaluation.png", picture)
+    checkpoints.write_json(out / "evaluation.json", figures)
     print(f"-> {out / 'evaluation.json'}, evaluation.png")
 
 

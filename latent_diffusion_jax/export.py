@@ -135,7 +135,10 @@ def export(
     with no_kernels():
         exported = jax.export.export(jax.jit(program), platforms=PLATFORMS)(*shapes, seeds)
     files.write(out / WEIGHTS, weights)
-    (out / PROGRAM).write_bytes(exported.serialize())
+    try:
+        (out / PROGRAM).write_bytes(exported.serialize())
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from error
 
 
 def _check_same_shapes(inputs: dict[str, np.ndarray], path: pathlib.Path) -> None:

@@ -27,7 +27,7 @@ from latent_diffusion_jax.config_checks import check_config
 from latent_diffusion_jax.planning import programs, report, search
 from latent_diffusion_jax.planning.compiled import Compiled, compile_program
 from latent_diffusion_jax.planning.topologies import open_topology
-from latent_diffusion_jax.runtime import saved_programs, sharding
+from latent_diffusion_jax.runtime import files, saved_programs, sharding
 from latent_diffusion_jax.runtime.commands import run
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
 
@@ -187,6 +187,10 @@ def main() -> None:
     for topology in FLAGS.topology:
         check_topology(config, topology, names)
     save = pathlib.Path(FLAGS.save).expanduser() if FLAGS.save else None
+    if save is not None:
+        files.check_folder(save, f"--save={FLAGS.save}")
+    if FLAGS.json:
+        files.check_file(pathlib.Path(FLAGS.json).expanduser(), f"--json={FLAGS.json}")
     rows: list[dict[str, Any]] = []
     for topology, name in itertools.product(FLAGS.topology, names):
         row = plan(

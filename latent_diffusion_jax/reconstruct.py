@@ -13,7 +13,7 @@ from absl import flags
 
 from latent_diffusion_jax import autoencoding
 from latent_diffusion_jax.evaluation.psnr import psnr
-from latent_diffusion_jax.runtime import images, loggers
+from latent_diffusion_jax.runtime import files, images, loggers
 from latent_diffusion_jax.runtime.commands import run
 from latent_diffusion_jax.runtime.errors import UserError
 
@@ -46,13 +46,17 @@ def reconstruct(
     Raises:
       UserError: something cannot be read or written, or the tiles do not fit the autoencoder.
     """
+    path = pathlib.Path(out).expanduser()
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--out={out} must be a .png file")
+    files.check_file(path, f"--out={out}")
     autoencoder = autoencoding.load(first_stage, tile=tile, overlap=overlap)
     network = autoencoder.stage.network
     original = read_image(
         pathlib.Path(image).expanduser(), network.image_channels, network.downsampling_factor
     )
     found = autoencoder.reconstruct(original)
-    images.save_png(pathlib.Path(out).expanduser(), found[0])
+    images.save_png(path, found[0])
     return float(psnr(original, found)[0])
 
 

@@ -20,7 +20,7 @@ from absl import flags
 from latent_diffusion_jax import build, loading, pipelines
 from latent_diffusion_jax.diffusion.noise_levels import SIGMAS
 from latent_diffusion_jax.diffusion.samplers import SAMPLERS
-from latent_diffusion_jax.runtime import images, loggers
+from latent_diffusion_jax.runtime import files, images, loggers
 from latent_diffusion_jax.runtime.commands import run
 from latent_diffusion_jax.runtime.errors import StorageError, UserError
 
@@ -115,10 +115,7 @@ def main() -> None:
     if not to_folder and out.suffix.lower() != ".png":
         raise UserError(f"--out={FLAGS.out} must be a .png file, or a folder with a / at its end")
     prompts = read_prompts(FLAGS.prompt, FLAGS.prompts_file)
-    try:  # before any work is done
-        (out if to_folder else out.parent).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --out={FLAGS.out}: {error.strerror}") from error
+    (files.check_folder if to_folder else files.check_file)(out, f"--out={FLAGS.out}")
     pipe = pipelines.load(FLAGS.workdir, dtype=FLAGS.dtype, **loading.flag_values())
     if pipe.tokenizer is not None and FLAGS.prompt is None and FLAGS.prompts_file is None:
         raise UserError("give --prompt or --prompts_file: this model draws what they say")

@@ -38,6 +38,7 @@ from latent_diffusion_jax.runtime import (
     locks,
     loggers,
     processes,
+    saved_programs,
     sharding,
     trees,
 )
@@ -119,6 +120,8 @@ def train(
             logging.info("%s: complete at step %d, nothing to do", name, last[name])
     if not unfinished:
         return True
+    for name in unfinished if compiled is not None else ():  # the second's too
+        saved_programs.check(compiled / name)
     start = starting_points.autoencoder(config, workdir, unfinished, mesh)
     sources = open_sources(config, unfinished, start)
 

@@ -220,6 +220,17 @@ def test_subfolders_are_classes(tmp_path, data_dir):
         train(config, tmp_path / "other")
 
 
+def test_both_splits_need_labels(tmp_path):
+    for name in ("train/a/1.png", "train/b/1.png", "test/a/1.png", "test/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / name)
+    config = pixel.get_config("smoke")
+    config.data.name, config.data.caption_key = str(tmp_path), ""
+    with pytest.raises(UserError, match=r"both splits .*'train' has 2 classes, 'test' has 0"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_data_without_labels_cannot_be_told_by_class(tmp_path):
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "a.png")
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "b.png")

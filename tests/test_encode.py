@@ -405,6 +405,12 @@ def test_latents_that_do_not_fit_are_refused(
     check_refused(config(latents=str(other)), workdir,
                   r"another autoencoder \(that of runs/x; fingerprint 000000000000\)")  # fmt: skip
     check_refused(config(latents=str(tmp_path / "none")), workdir, "none holds no latents")
+    index = json.loads((latents_dir / "latents.json").read_text())
+    index["data"]["caption_key"] = ""
+    (other / "latents.json").write_text(json.dumps(index))
+    silent = config(latents=str(other))
+    silent.stages = ("diffusion",)
+    check_refused(silent, workdir, "conditioning='text' needs captions, and the latents in .* with")
     wide = config(image_size=64)
     check_refused(wide, tmp_path / "new", "first stage that is trained already, this run's is not")
     wide.stages = ("diffusion",)

@@ -13,6 +13,7 @@ The status that a command exits with:
 
 import contextlib
 import difflib
+import errno
 import gc
 import hashlib
 import importlib.util
@@ -38,6 +39,12 @@ from latent_diffusion_jax.runtime.errors import StorageError, UserError
 from latent_diffusion_jax.runtime.texts import printable
 
 UNEXPECTED = 1
+# Flags that would stand for the current folder, or for nothing to do.
+NEVER_EMPTY = ("workdir", "out", "topology", "first_stage", "to", "json", "save")
+EMPTY = "--{} is empty; is a variable of the shell not set?"
+OF_PATHS = (  # what is the matter with what was given, and will be again
+    *(errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 def run(main: Callable[[], None], *, alone: bool = False) -> None:
@@ -68,7 +75,16 @@ def run(main: Callable[[], None], *, alone: bool = False) -> None:
         _as_one_of_several(main)
 
     def parse(argv: Sequence[str]) -> list[str]:
+        remaining = parsed(argv)
+        for name in NEVER_EMPTY:
+            if name in flags.FLAGS and flags.FLAGS[name].present and not flags.FLAGS[name].value:
+                raise UserError(EMPTY.format(name))
+        return remaining
+
+    def parsed(argv: Sequence[str]) -> list[str]:
         file = _config_file(argv)
+        if file == "":
+            raise UserError(EMPTY.format("config"))
         if file is not None and not pathlib.Path(file.partition(":")[0]).is_file():
             raise UserError(f"config file {file.partition(':')[0]} does not exist")
         try:
@@ -87,8 +103,23 @@ def run(main: Callable[[], None], *, alone: bool = False) -> None:
         print("error: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
+        error = _of_the_system(error)
         print(f"error: {described(error)}", file=sys.stderr)
         sys.exit(error.status if isinstance(error, UserError) else UNEXPECTED)
+
+
+def _of_the_system(error: Exception) -> Exception:
+    """What the system says of a file or folder that nobody has looked for trouble with."""
+    wrapped: UserError | None = None
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        kind = UserError if error.errno in OF_PATHS else StorageError
+        wrapped = kind(f"{error.filename}: {error.strerror}")
+    elif isinstance(error, RuntimeError) and "home directory" in str(error):
+        wrapped = UserError(f"a path begins with ~, and there is no such home folder: {error}")
+    if wrapped is None:
+        return error
+    wrapped.__cause__ = error
+    return wrapped
 
 
 def described(error: Exception) -> str:
@@ -126,7 +157,9 @@ def _as_one_of_several(main: Callable[[], None]) -> None:
     except jax.errors.JaxRuntimeError as error:
         distributed.fail_unless_one_is_lost(error, described(error), UNEXPECTED)
     except Exception as error:
-        distributed.fail(described(error), UNEXPECTED)
+        error = _of_the_system(error)
+        status = error.status if isinstance(error, UserError) else UNEXPECTED
+        distributed.fail(described(error), status)
     except SystemExit:
         distributed.finish()
         raise

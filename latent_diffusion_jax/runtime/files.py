@@ -1,9 +1,12 @@
-"""Files of users: what is no file, or far too large, is refused before it is read."""
+"""Files of users: what cannot be read, or written, is refused before any work is done."""
 
 import errno
 import os
 import pathlib
 import stat
+import tempfile
+
+from latent_diffusion_jax.runtime.errors import UserError
 
 
 def check_ordinary(path: pathlib.Path, maximum: int | None = None) -> None:
@@ -31,3 +34,28 @@ def read_bytes(path: pathlib.Path, maximum: int) -> bytes:
     """What a file of at most so many bytes holds; raises what `check_ordinary` does."""
     check_ordinary(path, maximum)
     return path.read_bytes()
+
+
+def check_folder(folder: pathlib.Path, flag: str) -> None:
+    """Makes a folder, and looks whether files can be written to it, before work is done for them.
+
+    Args:
+      folder: it.
+      flag: that names it, as typed.
+
+    Raises:
+      UserError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {flag}: {error.strerror}") from error
+
+
+def check_file(path: pathlib.Path, flag: str) -> None:
+    """`check_folder` of the folder that a file is to be written to, and the file itself."""
+    check_folder(path.parent, flag)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise UserError(f"cannot write to {flag}: the file that is there may not be changed")

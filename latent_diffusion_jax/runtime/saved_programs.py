@@ -49,21 +49,7 @@ def load(path: pathlib.Path, lowered: Any, devices: Sequence[jax.Device]) -> Any
       UserError: it is not there, was compiled from something else or by another version, or is for
         other devices.
     """
-    try:
-        payload, origin = path.read_bytes(), json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the compiled program {path}: {error}") from error
-    wanted = _origin(lowered)
-    for key in wanted:
-        found = origin.get(key) if isinstance(origin, dict) else None
-        if found != wanted[key]:
-            other = "version of JAX"
-            if key == "program":
-                other = "config, mesh or number of devices, of tokens or of labels"
-            raise UserError(
-                f"{path} was compiled from another {other} than this run's ({key} {found}, here "
-                f"{wanted[key]}); compile it anew with `plan --save`, or leave --compiled away"
-            )
+    payload = check(path, _origin(lowered))
     tree = jax.tree.structure(lowered.args_info)
     try:
         return serialize_executable.deserialize_and_load(
@@ -72,6 +58,33 @@ def load(path: pathlib.Path, lowered: Any, devices: Sequence[jax.Device]) -> Any
     except Exception as error:  # whatever a damaged one, or the devices' compiler, raises
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load the compiled program {path}: {reason}") from error
+
+
+def check(path: pathlib.Path, wanted: dict[str, str] | None = None) -> bytes:
+    """The bytes of a program, which may then be loaded.
+
+    Args:
+      path: of the file.
+      wanted: what it must come from; default this version of JAX, and whatever program.
+
+    Raises:
+      UserError: it is not there, or comes from something else.
+    """
+    try:
+        payload, origin = path.read_bytes(), json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the compiled program {path}: {error}") from error
+    for key, value in (wanted or {"jax": jax.__version__}).items():
+        found = origin.get(key) if isinstance(origin, dict) else None
+        if found != value:
+            other = "version of JAX"
+            if key == "program":
+                other = "config, mesh or number of devices, of tokens or of labels"
+            raise UserError(
+                f"{path} was compiled from another {other} than this run's ({key} {found}, here "
+                f"{value}); compile it anew with `plan --save`, or leave --compiled away"
+            )
+    return payload
 
 
 def _origin(lowered: Any) -> dict[str, str]:

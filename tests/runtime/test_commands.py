@@ -34,6 +34,10 @@ def main():
         raise UserError("this workdir is bad")
     if flags.FLAGS.workdir == "gone":
         raise StorageError("this disk is gone")
+    if flags.FLAGS.workdir.startswith(("~", "long", "lost")):
+        import pathlib
+        path = pathlib.Path(flags.FLAGS.workdir).expanduser()
+        (pathlib.Path("a" * 300) if path.name == "long" else path / "a").stat()
     if flags.FLAGS.workdir == "bug":
         raise ValueError("this is a bug")
     print(flags.FLAGS.config.batch_size, flags.FLAGS.config.optimizer.learning_rate)
@@ -239,6 +243,22 @@ def test_the_second_signal_is_not_caught(handlers, number):
         send(number)
         assert handlers == [number]
         assert should_stop()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        ([SMOKE, "--workdir="], 2, "--workdir is empty; is a variable of the shell not set?"),
+        (["--config=", WORKDIR], 2, "--config is empty; is a variable"),
+        ([SMOKE, "--workdir=~nosuchuser/runs"], 2, "a path begins with ~, and there is no such"),
+        ([SMOKE, "--workdir=long"], 2, "File name too long"),
+        ([SMOKE, "--workdir=lost"], 74, "lost/a: No such file or directory"),
+    ],
+)
+def test_paths_that_cannot_be_are_one_line(arguments, status, said):
+    found, _, errors = run_command(*arguments)
+    assert found == status and said in errors
+    assert "unexpected" not in errors and len(errors.splitlines()) == 1
 
 
 GRACE = """
