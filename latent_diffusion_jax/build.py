@@ -106,7 +106,7 @@ def latent_sources(config: ConfigDict) -> tuple[LatentSource, LatentSource]:
     )
     latents.check_use(train.index, data.latents, data.image_size, data.random_flip)
     kind = _conditioning(config)
-    if kind in ("text", "clip") and train.index.get("data", {}).get("caption_key") == "":
+    if kind == "text" and train.index.get("data", {}).get("caption_key") == "":
         raise UserError(
             f"conditioning={kind!r} needs captions, and the latents in {data.latents} were encoded "
             "without: encode again with --config.data.caption_key, where the data has some"

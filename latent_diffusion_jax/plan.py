@@ -24,6 +24,7 @@ from ml_collections import ConfigDict, config_flags
 
 from latent_diffusion_jax import build
 from latent_diffusion_jax.config_checks import check_config
+from latent_diffusion_jax.models.clip_text import PUBLISHED
 from latent_diffusion_jax.planning import programs, report, search
 from latent_diffusion_jax.planning.compiled import Compiled, compile_program
 from latent_diffusion_jax.planning.topologies import open_topology
@@ -161,6 +162,8 @@ def check(config: ConfigDict) -> None:
         if "clip" in config and not config.clip.path:
             config.clip.path = "not needed for plans"
         check_config(config)
+    if "clip" in config and config.clip.model not in PUBLISHED:
+        raise UserError(f"unknown clip.model {config.clip.model!r}; known: {', '.join(PUBLISHED)}")
 
 
 def define_flags() -> None:

@@ -12,6 +12,7 @@ from latent_diffusion_jax.runtime.errors import DataError
 
 PAUSE = 1.0  # seconds between tries
 STOPPING_SECONDS = 5.0  # for which is tried where the process was asked to stop
+FORGOTTEN_SECONDS = 60.0  # after which one that has given up, or nobody, has tried any more
 SAY_EVERY = 10.0  # seconds between warnings, of all threads together
 # For warnings that the first process cannot give for the others, which read records of their own.
 OF_ANY_PROCESS = {"of_any_process": True}
@@ -44,6 +45,7 @@ class Patience:
         self._said = -SAY_EVERY
         self._away_since: float | None = None  # for all threads together
         self._stopping_since: float | None = None
+        self._failed = 0.0  # when somebody last could not read
 
     def read(self, read: Callable[[], T]) -> T:
         """What `read` gives.
@@ -54,7 +56,9 @@ class Patience:
         while True:
             try:
                 found = read()
-                self._away_since = self._stopping_since = None
+                if self._away_since is not None:
+                    with self._lock:
+                        self._away_since = self._stopping_since = None
                 return found
             except OSError as error:
                 waited, stopped = self._waited()
@@ -77,8 +81,9 @@ class Patience:
         """
         with self._lock:
             now = time.monotonic()
-            if self._away_since is None:
-                self._away_since = now
+            if self._away_since is None or now - self._failed > FORGOTTEN_SECONDS:
+                self._away_since, self._stopping_since = now, None
+            self._failed = now
             if stopping.asked() and self._stopping_since is None:
                 self._stopping_since = now
             since = self._stopping_since

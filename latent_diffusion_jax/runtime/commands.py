@@ -42,9 +42,8 @@ UNEXPECTED = 1
 # Flags that would stand for the current folder, or for nothing to do.
 NEVER_EMPTY = ("workdir", "out", "topology", "first_stage", "to", "json", "save")
 EMPTY = "--{} is empty; is a variable of the shell not set?"
-OF_PATHS = (  # what is the matter with what was given, and will be again
-    *(errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP),
-)
+# What is the matter with what was given, and will be again.
+OF_PATHS = (errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def run(main: Callable[[], None], *, alone: bool = False) -> None:
@@ -108,12 +107,17 @@ def run(main: Callable[[], None], *, alone: bool = False) -> None:
         sys.exit(error.status if isinstance(error, UserError) else UNEXPECTED)
 
 
+class SystemsWord(StorageError):
+    """What the system says of a file or folder, at a place where nobody has expected it."""
+
+
 def _of_the_system(error: Exception) -> Exception:
-    """What the system says of a file or folder that nobody has looked for trouble with."""
+    """A UserError for an error of the system's that is about a path; others as they are."""
     wrapped: UserError | None = None
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        kind = UserError if error.errno in OF_PATHS else StorageError
-        wrapped = kind(f"{error.filename}: {error.strerror}")
+        wrapped = SystemsWord(f"{error.filename}: {error.strerror}")
+        if error.errno in OF_PATHS:
+            wrapped.status = UserError.status
     elif isinstance(error, RuntimeError) and "home directory" in str(error):
         wrapped = UserError(f"a path begins with ~, and there is no such home folder: {error}")
     if wrapped is None:
@@ -136,7 +140,7 @@ def described(error: Exception) -> str:
         text = printable(f"unexpected {type(error).__name__}: {reason}")
     if "--verbose" in sys.argv[1:]:
         return f"{text}\n{trace}"
-    if not isinstance(error, UserError):
+    if not isinstance(error, UserError) or isinstance(error, SystemsWord):
         name = f"latent_diffusion_jax_{hashlib.sha256(trace.encode()).hexdigest()[:8]}.txt"
         path = pathlib.Path(tempfile.gettempdir(), name)
         with contextlib.suppress(OSError):

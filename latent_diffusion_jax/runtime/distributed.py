@@ -118,7 +118,8 @@ def _say_when_cut_off(address: str | None) -> None:
             silent = [key for key, (_, when) in list(_heard.items()) if now - when > most]
             names = ", ".join(key.removeprefix(ALIVE) for key in silent)
             return (
-                names and f"process {names} of {num_processes()} seems to be lost, and started anew"
+                names
+                and f"process {names} of {num_processes()} seems to be lost, or was started anew"
             )
         try:
             socket.create_connection((host, int(port)), 2.0).close()

@@ -37,11 +37,11 @@ class Keeping:
     def figure(self) -> str:
         return self.best.removeprefix("-")
 
-    def check(self, figures: Mapping[str, Any]) -> None:
-        """Raises UserError where a stage has no such figure."""
+    def check(self, figures: Mapping[str, Any], key: str = "keep_best") -> None:
+        """Raises UserError, naming the config's key, where a stage has no such figure."""
         if self.best and self.figure not in figures:
             raise UserError(
-                f"keep_best={self.best!r} is no figure of the stage's held-out data; it has "
+                f"{key}={self.best!r} is no figure of the stage's held-out data; it has "
                 f"{', '.join(figures)}, where the highest is the best as -{next(iter(figures))}"
             )
 

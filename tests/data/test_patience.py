@@ -154,3 +154,22 @@ def test_the_time_given_is_of_all_reads_together():
     with pytest.raises(DataError):
         there.read(read)
     assert len(tries) > 2
+
+
+def test_threads_that_fail_and_threads_that_read_do_not_meet_half_way(monkeypatch):
+    """One reads again while another asks for how long nothing could be read."""
+    there = Patience(60.0)
+    fails = iter([OSError(116, "Stale file handle"), None])
+
+    def read():
+        if error := next(fails):
+            raise error
+        return 7
+
+    def asked():  # in the middle of the question
+        threading.Thread(target=there.read, args=[lambda: 8], daemon=True).start()
+        time.sleep(0.1)
+        return False
+
+    monkeypatch.setattr(patience.stopping, "asked", asked)
+    assert there.read(read) == 7

@@ -282,7 +282,7 @@ def test_one_that_is_back_before_it_is_missed_is_named_too():
     again.kill()
     (_, errors), _, _ = ends([first, second, again])
     (said,) = [line for line in errors if line.startswith("error: ")]
-    assert said.startswith("error: process 1 of 2 seems to be lost, and started anew; the same")
+    assert said.startswith("error: process 1 of 2 seems to be lost, or was started anew; the")
 
 
 def test_one_that_hangs_is_left_by_jax_too():
