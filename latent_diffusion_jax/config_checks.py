@@ -205,7 +205,7 @@ def _check_values(values: dict[str, Any]) -> None:
 
     for key, value in present((*AT_LEAST_ONE, *NOT_NEGATIVE, *IN_UNIT_INTERVAL, *BELOW_ONE)):
         values_of = value if isinstance(value, tuple | list) else (value,)  # one for each level
-        if not all(isinstance(v, int | float) and math.isfinite(v) for v in values_of):
+        if not all(_is_number(v) and math.isfinite(v) for v in values_of):
             raise UserError(f"{key}={value!r} must be a number")
     for key, value in present(AT_LEAST_ONE):
         if value < 1:
@@ -235,6 +235,10 @@ def _check_stages(stages: tuple[str, ...]) -> None:
         raise UserError(f"stages={stages} must be in the order {ordered}")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
 def _check_optimizers(config: ConfigDict) -> None:
     """Numbers with which an optimizer would make weights that are none, or turn them round."""
     trained = []
@@ -251,12 +255,13 @@ def _check_optimizers(config: ConfigDict) -> None:
         _check_follows("ema_dtype", config.ema_dtype, "ema_decay", config.ema_decay)
     for where, values in trained:
         for key, (low, high) in OPTIMIZER_RANGES.items():
-            if not low <= values[key] <= high:  # NaN is not
+            if not _is_number(values[key]) or not low <= values[key] <= high:  # NaN is not
                 raise UserError(f"{where}.{key}={values[key]} must be in [{low:g}, {high:g}]")
-        betas = tuple(values.betas)
-        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        betas = values.betas
+        two = isinstance(betas, tuple | list) and len(betas) == 2
+        if not two or not all(_is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
             raise UserError(f"{where}.betas={betas} must be two numbers, at least 0 and below 1")
-        if not 0.0 < values.eps < math.inf:
+        if not _is_number(values.eps) or not 0.0 < values.eps < math.inf:
             raise UserError(f"{where}.eps={values.eps} must be positive")
         _check_follows(f"{where}.nu_dtype", values.nu_dtype, f"{where}.betas' second", betas[1])
 
@@ -325,7 +330,7 @@ def _check_image_size(config: ConfigDict) -> None:
 def _check_first_stage(config: ConfigDict) -> None:
     first, size = config.first_stage, config.data.image_size
     network, loss = first.autoencoder, first.loss
-    if not math.isfinite(loss.logvar):
+    if not _is_number(loss.logvar) or not math.isfinite(loss.logvar):
         raise UserError(f"first_stage.loss.logvar={loss.logvar} must be a finite number")
     if first.batch_size % first.accumulation:
         raise UserError(

@@ -41,8 +41,11 @@ def run(script: str, tmp_path, data_dir) -> tuple[list[str], str]:
 
 
 def last_error(errors: str) -> str:
-    """The one error of the run: before it, TensorStore may print tracebacks of its callbacks."""
-    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    """The one error of the run.
+
+    Before it, TensorStore's threads may print tracebacks of their callbacks, and not whole lines.
+    """
+    (line,) = re.findall(r"\berror: .*", errors)
     return line
 
 
