@@ -54,6 +54,7 @@ class Patience:
           DataError: nothing, in all that time; soon where the process was asked to stop.
         """
         while True:
+            begun = time.monotonic()
             try:
                 found = read()
                 if self._away_since is not None:
@@ -61,7 +62,7 @@ class Patience:
                         self._away_since = self._stopping_since = None
                 return found
             except OSError as error:
-                waited, stopped = self._waited()
+                waited, stopped = self._waited(begun)
                 reason = f"{error.strerror or error}"
                 if error.filename:
                     reason = f"{error.filename}: {reason}"
@@ -74,14 +75,17 @@ class Patience:
                 self._say(reason, self._seconds - waited)
             _pause(min(PAUSE, self._seconds))
 
-    def _waited(self) -> tuple[float, bool]:
+    def _waited(self, begun: float) -> tuple[float, bool]:
         """For how many seconds nothing could be read, and whether too long for one that stops.
 
         Threads do not count on their own: each would begin anew with the next record.
+
+        Args:
+          begun: when the try began that has failed now, which may itself have taken minutes.
         """
         with self._lock:
             now = time.monotonic()
-            if self._away_since is None or now - self._failed > FORGOTTEN_SECONDS:
+            if self._away_since is None or begun - self._failed > FORGOTTEN_SECONDS:
                 self._away_since, self._stopping_since = now, None
             self._failed = now
             if stopping.asked() and self._stopping_since is None:

@@ -173,3 +173,24 @@ def test_threads_that_fail_and_threads_that_read_do_not_meet_half_way(monkeypatc
 
     monkeypatch.setattr(patience.stopping, "asked", asked)
     assert there.read(read) == 7
+
+
+@pytest.mark.parametrize(("between", "tries"), [(0.0, 1), (0.3, 3)])
+def test_what_was_away_long_ago_is_waited_for_anew(monkeypatch, between, tries):
+    """And tries that take long themselves are of one time without data."""
+    monkeypatch.setattr(patience, "FORGOTTEN_SECONDS", 0.2)
+    there, count = Patience(0.5), []
+
+    def read():
+        count.append(1)
+        time.sleep(0.25)
+        raise OSError(110, "Connection timed out")
+
+    with pytest.raises(DataError):
+        there.read(read)
+    assert len(count) in (3, 4)
+    count.clear()
+    time.sleep(between)
+    with pytest.raises(DataError):
+        there.read(read)
+    assert len(count) >= tries and (len(count) == 1) == (tries == 1)
