@@ -155,6 +155,8 @@ def _as_one_of_several(main: Callable[[], None]) -> None:
         distributed.meet()
         main()
     except UserError as error:
+        if isinstance(error.__cause__, jax.errors.JaxRuntimeError):  # in the middle of a save, say
+            distributed.fail_unless_one_is_lost(error.__cause__, described(error), error.status)
         distributed.fail(described(error), error.status)
     except KeyboardInterrupt:
         distributed.fail("interrupted", 128 + signal.SIGINT)

@@ -113,8 +113,7 @@ def _say_when_cut_off(address: str | None) -> None:
 
     def lost() -> str:
         if process_index() == 0:
-            # A sign of life may be seen as late as the next one is sent.
-            now, most = time.monotonic(), 2 * ALIVE_SECONDS + 3 * WATCH_SECONDS
+            now, most = time.monotonic(), ALIVE_SECONDS + 4 * WATCH_SECONDS
             silent = [key for key, (_, when) in list(_heard.items()) if now - when > most]
             names = ", ".join(key.removeprefix(ALIVE) for key in silent)
             return (
@@ -255,8 +254,8 @@ def _watch() -> None:
             if time.monotonic() >= next_sign:
                 next_sign = time.monotonic() + ALIVE_SECONDS
                 client.key_value_set(f"{ALIVE}{me}", str(count), allow_overwrite=True)
-                if me == 0:
-                    _listen(dict(client.key_value_dir_get(ALIVE)))
+            if me == 0:
+                _listen(dict(client.key_value_dir_get(ALIVE)))
             failed = client.key_value_dir_get(FAILED)
             failures = 0
         except RuntimeError:  # if the connection is gone for good, JAX makes an end of it
