@@ -155,8 +155,10 @@ def _as_one_of_several(main: Callable[[], None]) -> None:
         distributed.meet()
         main()
     except UserError as error:
-        if isinstance(error.__cause__, jax.errors.JaxRuntimeError):  # in the middle of a save, say
-            distributed.fail_unless_one_is_lost(error.__cause__, described(error), error.status)
+        cause = error.__cause__
+        if isinstance(error, StorageError) and isinstance(cause, RuntimeError | ValueError):
+            # In the middle of a save; Orbax's threads give JAX's errors on as others.
+            distributed.fail_unless_one_is_lost(cause, described(error), error.status)
         distributed.fail(described(error), error.status)
     except KeyboardInterrupt:
         distributed.fail("interrupted", 128 + signal.SIGINT)
