@@ -88,8 +88,11 @@ OPTIMIZER_RANGES = {  # both ends included
     "clip_norm": (0.0, 1e12),
 }
 MOST_IN_BFLOAT16 = 0.995  # decay of a moving average
-MAX_SEED = 2**32 - 1  # all bits that JAX takes of one
-MAX_THREADS = 1024
+AT_MOST = {
+    "seed": 2**32 - 1,  # all bits that JAX takes of one
+    "data.num_threads": 1024,
+}
+NUMBERS = ("first_stage.loss.logvar",)  # any
 VQ_ONLY = ("first_stage.autoencoder.codebook_size", "first_stage.codebook.")
 BELOW_ONE = ("first_stage.ema_decay", "first_stage.codebook.decay", "unet.dropout")
 NOT_NEGATIVE = (
@@ -203,7 +206,8 @@ def _check_values(values: dict[str, Any]) -> None:
             wanted = [key for key in wanted if not key.startswith(VQ_ONLY)]
         return [(key, values[key]) for key in wanted]
 
-    for key, value in present((*AT_LEAST_ONE, *NOT_NEGATIVE, *IN_UNIT_INTERVAL, *BELOW_ONE)):
+    numbers = (*AT_LEAST_ONE, *NOT_NEGATIVE, *AT_MOST, *IN_UNIT_INTERVAL, *BELOW_ONE, *NUMBERS)
+    for key, value in present(numbers):
         values_of = value if isinstance(value, tuple | list) else (value,)  # one for each level
         if not all(_is_number(v) and math.isfinite(v) for v in values_of):
             raise UserError(f"{key}={value!r} must be a number")
@@ -213,9 +217,9 @@ def _check_values(values: dict[str, Any]) -> None:
     for key, value in present(NOT_NEGATIVE):
         if value < 0:
             raise UserError(f"{key}={value} must not be negative")
-    for key, most in (("seed", MAX_SEED), ("data.num_threads", MAX_THREADS)):
-        if values[key] > most:
-            raise UserError(f"{key}={values[key]} must be at most {most}")
+    for key, value in present(AT_MOST):
+        if value > AT_MOST[key]:
+            raise UserError(f"{key}={value} must be at most {AT_MOST[key]}")
     for key, value in present(IN_UNIT_INTERVAL):
         if not 0.0 <= value <= 1.0:
             raise UserError(f"{key}={value} must be in [0, 1]")
@@ -278,14 +282,12 @@ def _check_follows(key: str, dtype: str, of_what: str, decay: float) -> None:
 def _check_kept_best(config: ConfigDict) -> None:
     """That figures by which the best checkpoints stay are among those of the held-out data."""
     if "first_stage" in config.stages:
-        loss = config.first_stage.loss
-        figures = ["l1", "psnr", *(["lpips"] if loss.lpips_weights else [])]
-        Keeping(best=config.first_stage.keep_best).check(
-            dict.fromkeys(figures), "first_stage.keep_best"
-        )
+        first = config.first_stage
+        figures = ["l1", "psnr", *(["lpips"] if first.loss.lpips_weights else [])]
+        Keeping(best=first.keep_best).check(figures, "first_stage.keep_best")
     if "diffusion" in config.stages:
         figures = ["loss", "mse", *(["vlb"] if config.objective.learned_variance else [])]
-        Keeping(best=config.keep_best).check(dict.fromkeys(figures))
+        Keeping(best=config.keep_best).check(figures, "keep_best")
 
 
 def _check_network(name: str, section: ConfigDict) -> None:
@@ -330,8 +332,6 @@ def _check_image_size(config: ConfigDict) -> None:
 def _check_first_stage(config: ConfigDict) -> None:
     first, size = config.first_stage, config.data.image_size
     network, loss = first.autoencoder, first.loss
-    if not _is_number(loss.logvar) or not math.isfinite(loss.logvar):
-        raise UserError(f"first_stage.loss.logvar={loss.logvar} must be a finite number")
     if first.batch_size % first.accumulation:
         raise UserError(
             f"first_stage.accumulation={first.accumulation} must divide first_stage.batch_size="

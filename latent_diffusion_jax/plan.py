@@ -81,14 +81,14 @@ def plan(
     images = images_of_chip(config, name, make_mesh(config, name, devices))
     found = compiled(config, images, to_run=save is not None)
     print(report.describe(topology, found), flush=True)
-    largest = None
+    whole = None
     if searched and found.memory.fits:
         count = 1 if name == programs.SAMPLE else _section(config, name).accumulation
         largest = search.largest_batch(config, images, found, attempt, count)
         more = " or more" if largest + count > search.MOST else ""
-        largest *= parts(config)
-        each = f"{largest / slices.num_chips:g} a chip"
-        print(f"  the largest batch that fits: {largest} images, {each}{more}", flush=True)
+        whole = largest * parts(config)
+        each = f"{whole / slices.num_chips:g} a chip"
+        print(f"  the largest batch that fits: {whole} images, {each}{more}", flush=True)
     elif searched:
         change = search.changes_that_fit(config, name, images, slices, attempt, parts)
         if change is None:
@@ -101,7 +101,7 @@ def plan(
             print(f"  it fits with {change[0]} ({total:.2f} GiB)", flush=True)
     if save is not None and found.executable is not None:
         _save(found, save / topology.replace(":", "_").replace("*", "_") / name)
-    return report.as_row(topology, found, largest)
+    return report.as_row(topology, found, whole)
 
 
 def make_mesh(config: ConfigDict, name: str, devices: list[Any]) -> Mesh:

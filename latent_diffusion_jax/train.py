@@ -120,8 +120,9 @@ def train(
             logging.info("%s: complete at step %d, nothing to do", name, last[name])
     if not unfinished:
         return True
-    for name in unfinished if compiled is not None else ():  # the second's too
-        saved_programs.check(compiled / name)
+    if compiled is not None:
+        for name in unfinished:
+            saved_programs.check(compiled / name)
     start = starting_points.autoencoder(config, workdir, unfinished, mesh)
     sources = open_sources(config, unfinished, start)
 

@@ -14,9 +14,11 @@ from ml_collections import ConfigDict
 from latent_diffusion_jax import build, config_checks
 from latent_diffusion_jax.conditioning import tokenizers
 from latent_diffusion_jax.conditions import Parts
+from latent_diffusion_jax.planning import programs
 from latent_diffusion_jax.runtime import sharding, trees
 from latent_diffusion_jax.runtime.commands import flatten
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.training.keeper import Keeping
 from latent_diffusion_jax.weights.text_encoders import Loaded
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
@@ -282,7 +284,7 @@ def changed(key: str, value) -> ConfigDict:
         ("optimizer.betas", (0.9, 1.0), ["optimizer.betas=(0.9, 1.0)", "below 1"]),
         ("first_stage.discriminator_optimizer.betas", (0.9,), ["must be two numbers"]),
         ("optimizer.betas", (1.5, -2.0), ["optimizer.betas=(1.5, -2.0)"]),
-        ("first_stage.loss.logvar", math.nan, ["first_stage.loss.logvar=nan must be a finite"]),
+        ("first_stage.loss.logvar", math.nan, ["first_stage.loss.logvar=nan must be a number"]),
         ("keep_best", "-psnr", ["keep_best='-psnr' is no figure", "it has loss, mse"]),
         ("first_stage.keep_best", "lpips", ["first_stage.keep_best='lpips'", "it has l1, psnr"]),
         ("data.caption_key", "", ["conditioning='text' needs captions", "data.caption_key=''"]),
@@ -299,6 +301,25 @@ def test_wrong_values_are_named(key, value, said):
     assert "\n" not in str(raised.value)
     for part in said:
         assert part in str(raised.value)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("stage", ["first_stage", "diffusion"])
+def test_the_best_is_by_a_figure_that_the_stage_has(stage, learned, monkeypatch):
+    config = MODULES["txt2img"].get_config("smoke")
+    config.objective.learned_variance = learned
+    if learned:
+        config.first_stage.loss.lpips_weights = "lpips.safetensors"
+    asked = {}
+    monkeypatch.setattr(Keeping, "check", lambda _, figures, key: asked.update({key: figures}))
+    config_checks.check_config(config)
+    step, batch, _ = programs._STAGES[stage](config, 8, 10)
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    with jax.set_mesh(mesh):
+        made = programs.make(config, stage, mesh, 8, 10)
+        found = jax.eval_shape(step.eval_step, made.arguments[0], batch, jax.random.key(0))
+    key = {"first_stage": "first_stage.keep_best", "diffusion": "keep_best"}[stage]
+    assert set(asked[key]) == found.keys()
 
 
 @pytest.mark.parametrize(

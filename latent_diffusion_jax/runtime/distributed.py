@@ -115,11 +115,10 @@ def _say_when_cut_off(address: str | None) -> None:
         if process_index() == 0:
             now, most = time.monotonic(), ALIVE_SECONDS + 4 * WATCH_SECONDS
             silent = [key for key, (_, when) in list(_heard.items()) if now - when > most]
+            if not silent:
+                return ""
             names = ", ".join(key.removeprefix(ALIVE) for key in silent)
-            return (
-                names
-                and f"process {names} of {num_processes()} seems to be lost, or was started anew"
-            )
+            return f"process {names} of {num_processes()} seems to be lost, or was started anew"
         try:
             socket.create_connection((host, int(port)), 2.0).close()
         except (OSError, ValueError):

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,12 +37,12 @@ class Keeping:
     def figure(self) -> str:
         return self.best.removeprefix("-")
 
-    def check(self, figures: Mapping[str, Any], key: str = "keep_best") -> None:
+    def check(self, figures: Sequence[str], key: str) -> None:
         """Raises UserError, naming the config's key, where a stage has no such figure."""
         if self.best and self.figure not in figures:
             raise UserError(
                 f"{key}={self.best!r} is no figure of the stage's held-out data; it has "
-                f"{', '.join(figures)}, where the highest is the best as -{next(iter(figures))}"
+                f"{', '.join(figures)}, where the highest is the best as -{figures[0]}"
             )
 
 

@@ -206,8 +206,6 @@ def train_stage(
             return f"the same command goes on from step {keeper.last()}"
 
         ahead = _Ahead(loader, lambda rows: sharding.put_batch(rows, mesh, batch_size))
-        if keep_best:
-            keeping.check(jax.eval_shape(stage.eval_step, state, ahead.batch, eval_key))
         traced = train_step.trace(state, ahead.batch, train_key)
         speed = Speed(batch_size, traced_flops(traced.jaxpr), mesh)
         lowered = traced.lower()

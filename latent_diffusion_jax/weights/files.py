@@ -17,7 +17,7 @@ from latent_diffusion_jax.runtime.errors import StorageError, UserError
 from latent_diffusion_jax.runtime.files import check_ordinary
 from latent_diffusion_jax.runtime.texts import first_line
 from latent_diffusion_jax.weights import torch_files
-from latent_diffusion_jax.weights.torch_files import FormatError
+from latent_diffusion_jax.weights.torch_pickles import FormatError
 
 DTYPES = {
     "F64": np.float64,

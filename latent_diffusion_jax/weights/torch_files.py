@@ -1,317 +1,32 @@
 """Tensors in files that `torch.save` wrote, read without Torch and without executing the pickle.
 
 Both of Torch's formats are known: the zip archive (1.6 and later) and the older stream of pickles.
-In either a pickle says which tensors there are and where in which storage they lie. A pickle is a
-program, which may call anything that it names; here its names resolve to the few things that
-tensors need, and everything else to objects that take every call and do nothing: published files
-have a trainer's objects beside their tensors. What names programs to run is refused, and what would
-take more memory than the file can be meant to, before it does.
+In either a pickle says which tensors there are and where in which storage they lie, see
+`weights.torch_pickles`. What would take more memory than the file can be meant to is refused before
+it does.
 """
 
-import collections
-import dataclasses
 import functools
 import io
 import math
 import os
 import pathlib
-import pickle
-import pickletools
 import zipfile
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-import jax.numpy as jnp
 import numpy as np
+
+from latent_diffusion_jax.weights import torch_pickles
+from latent_diffusion_jax.weights.torch_pickles import FormatError, Tensor
 
 ZIP_MAGIC = b"PK\x03\x04"
 ZIP_HEADER = 30  # bytes before each member's name, whose length is in the last four
 CHUNK = 1 << 20  # bytes of an archive that are checked at once
-MAX_PICKLE = 64 << 20  # bytes; that of Stable Diffusion with its optimizer has less than one MiB
-MAX_OPERATIONS = 1_000_000  # of a pickle, each of which may make an object; that one has 100,000
-MAX_NAMES = 10_000  # of things that are not tensors, each of which takes 2 KiB
-MAX_KEYS = 10_000  # that are tuples or sets, which may be made to have one hash and take for ever
-MAX_LONG = (
-    1_000  # numbers of more than 64 bits, for the same reason; a trainer's generators have some
-)
-MAX_BITS = 4_096  # that those have
-MAX_DIMS = 64  # NumPy's
 MAX_GROWTH = 8  # times the file's bytes that its tensors may take
 MIN_GROWTH = 64 << 20  # bytes that they may take in any case
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION = 1001
-
-DTYPES = {
-    "float64": np.float64,
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": jnp.bfloat16,
-    "float8_e4m3fn": jnp.float8_e4m3fn,
-    "float8_e5m2": jnp.float8_e5m2,
-    "int64": np.int64,
-    "int32": np.int32,
-    "int16": np.int16,
-    "int8": np.int8,
-    "uint64": np.uint64,
-    "uint32": np.uint32,
-    "uint16": np.uint16,
-    "uint8": np.uint8,
-    "bool": np.bool_,
-    "complex64": np.complex64,
-    "complex128": np.complex128,
-}
-STORAGES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "UntypedStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
-}
-# What no weights need, and harmful files call. Nothing would be executed without this list either:
-# it is there so that whoever loads such a file hears of it. Names are Python 2's where Torch saves.
-HARMFUL_MODULES = frozenset({
-    "_pickle", "bdb", "cPickle", "cProfile", "code", "codeop", "commands", "ctypes", "ftplib",
-    "http", "httplib", "imp", "importlib", "marshal", "nt", "os", "pdb", "pickle", "pip", "posix",
-    "profile", "pty", "runpy", "shutil", "smtplib", "socket", "subprocess", "sys", "timeit",
-    "urllib", "urllib2", "webbrowser",
-})  # fmt: skip
-HARMFUL_FUNCTIONS = frozenset({
-    "__import__", "breakpoint", "compile", "delattr", "eval", "exec", "execfile", "globals", "open",
-    "setattr", "CodeType", "FunctionType",
-})  # fmt: skip
-
-
-class FormatError(ValueError):
-    """Says what is wrong with a file, as the end of a sentence about it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _DType:
-    """A dtype by its name in Torch: NumPy's own are shared objects, which a pickle could change."""
-
-    name: str
-
-    def numpy(self) -> np.dtype:
-        return np.dtype(DTYPES[self.name])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Storage:
-    """A run of numbers in the file."""
-
-    key: str
-    dtype: np.dtype
-    size: int  # numbers
-    first: int = 0  # number that a view begins at
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """Where a tensor lies in its storage; offset and strides count numbers."""
-
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-class _Inert:
-    """Stands for an object that is not needed. Takes what pickles do to objects and does nothing.
-
-    `find_class` makes new subclasses for each read: what a pickle sets on one, no other read sees.
-    """
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def _ignore(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    __call__ = __setstate__ = __setitem__ = append = extend = add = _ignore
-
-
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Any:
-    """What `torch._utils._rebuild_tensor_v2` is called with, kept for later."""
-    if not isinstance(storage, _Storage) or type(offset) is not int:
-        return _Inert()
-    return _Tensor(storage, offset, _dims(shape), _dims(strides))
-
-
-def _rebuild_typed_tensor(
-    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
-) -> Any:
-    """As above for dtypes that have no storage class: the storage is of bytes."""
-    if not isinstance(storage, _Storage) or type(offset) is not int:
-        return _Inert()
-    size = storage.size // dtype.numpy().itemsize
-    storage = dataclasses.replace(storage, dtype=dtype.numpy(), size=size)
-    return _Tensor(storage, offset, _dims(shape), _dims(strides))
-
-
-def _dims(values: Any) -> tuple[Any, ...]:
-    """A shape or strides; of others `_view` says whose they are."""
-    valid = isinstance(values, tuple | list) and len(values) <= MAX_DIMS
-    return tuple(values) if valid and all(isinstance(n, int) for n in values) else (-1,)
-
-
-def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
-    return tensor
-
-
-REBUILD: dict[str, Callable[..., Any]] = {
-    "_rebuild_tensor": _rebuild_tensor,
-    "_rebuild_tensor_v2": _rebuild_tensor,
-    "_rebuild_tensor_v3": _rebuild_typed_tensor,
-    "_rebuild_parameter": _rebuild_parameter,
-    "_rebuild_parameter_with_state": _rebuild_parameter,
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Resolves what tensors need; whatever else a pickle names is inert."""
-
-    def __init__(self, file: BinaryIO):
-        # Files of Python 2 hold byte strings; Latin-1 has a character for each byte.
-        super().__init__(file, encoding="latin1")  # type: ignore[arg-type]
-        self.dtypes: dict[str, np.dtype] = {}  # of the storages, by key
-        self._inert: dict[tuple[str, str], type] = {}
-        self._copied = 0  # items that ordered dicts were made of
-
-    def find_class(self, module: str, name: str) -> Any:
-        builtin = module in ("builtins", "__builtin__", "types")
-        if module.partition(".")[0] in HARMFUL_MODULES or (builtin and name in HARMFUL_FUNCTIONS):
-            raise FormatError(
-                f"its pickle calls {f'{module}.{name}'!r}, which no weights need: it is made to do "
-                "harm; it was not executed, and nothing of it is used"
-            )
-        if (module, name) == ("collections", "OrderedDict"):
-            return functools.partial(self._ordered)
-        if module == "torch._utils" and name in REBUILD:
-            return functools.partial(REBUILD[name])  # a new one each time, as for `_Inert`
-        if module in ("torch", "torch.storage") and name in STORAGES:
-            return _DType(STORAGES[name])
-        if module == "torch" and name in DTYPES:
-            return _DType(name)
-        if (module, name) not in self._inert:
-            if len(self._inert) >= MAX_NAMES:
-                raise FormatError(f"its pickle names more than {MAX_NAMES} things beside tensors")
-            self._inert[module, name] = type("Inert", (_Inert,), {})
-        return self._inert[module, name]
-
-    def _ordered(self, items: Any = ()) -> Any:
-        """An ordered dict; Python 2 gives its items along, others set them later."""
-        if not all(isinstance(key, str) for key, _ in items):
-            return _Inert()  # hooks of a module, say: tensors have names
-        self._copied += len(items)
-        if self._copied > MAX_OPERATIONS:
-            raise FormatError(f"its pickle makes dicts of more than {MAX_OPERATIONS} items")
-        return collections.OrderedDict(items)
-
-    def persistent_load(self, pid: Any) -> Any:
-        if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"):
-            return _Inert()
-        if not isinstance(pid[1], _DType):
-            return _Inert()
-        if type(pid[2]) not in (str, int):
-            raise FormatError("it is damaged: a storage has no valid name")
-        dtype, key, size = pid[1].numpy(), str(pid[2]), int(pid[4])
-        self.dtypes[key] = dtype
-        if len(pid) > 5 and pid[5] is not None:  # a part of another storage, in old files
-            first, size = int(pid[5][1]), int(pid[5][2])
-            return _Storage(key, dtype, size, first)
-        return _Storage(key, dtype, size)
-
-
-def _load(file: BinaryIO) -> tuple[Any, dict[str, np.dtype]]:
-    """What the next pickle of a file holds, and the dtypes of its storages.
-
-    Raises:
-      FormatError: it would take far more memory or time than its length.
-    """
-    start = file.tell()
-    tuples, long = _Tuples(), 0
-    for count, (code, argument, place) in enumerate(pickletools.genops(file)):
-        # Objects are numbered as they come; the unpickler makes room for all numbers up to one.
-        numbers = code.name in ("PUT", "BINPUT", "LONG_BINPUT")
-        if numbers and not (isinstance(argument, int) and 0 <= argument <= count):
-            raise FormatError("it is damaged: its pickle numbers objects that are not there")
-        if place is not None and place - start > MAX_PICKLE:
-            raise FormatError(f"its pickle has more than {MAX_PICKLE >> 20} MiB")
-        if count > MAX_OPERATIONS:
-            raise FormatError(f"its pickle has more than {MAX_OPERATIONS} operations")
-        bits = argument.bit_length() if isinstance(argument, int) else 0
-        long += bits > 64
-        if long > MAX_LONG or bits > MAX_BITS:
-            raise FormatError("its pickle has numbers without end, or too many that are very large")
-        tuples.follow(code, argument)
-    file.seek(start)
-    unpickler = _Unpickler(file)
-    return unpickler.load(), unpickler.dtypes
-
-
-# Operations that put keys into dicts and sets: where those begin in what they take from the stack.
-_KEYED = {"SETITEM": 1, "SETITEMS": 1, "DICT": 0, "ADDITEMS": 1, "FROZENSET": 0}
-_KEEPING = (  # whose results hold what they take
-    *("REDUCE", "OBJ", "INST", "NEWOBJ", "NEWOBJ_EX", "BUILD"),
-    *("BINPERSID", "DUP", "FROZENSET"),
-)
-
-
-class _Tuples:
-    """Follows a pickle's stack for how large tuples are with all that is in them.
-
-    A tuple that holds another one twice, and so on, is small and takes for ever as a dict's key; so
-    do many that have the same hash. Sets that cannot change are like them.
-    """
-
-    def __init__(self) -> None:
-        self._stack: list[int] = []  # sizes of tuples, and of what is made of them; else 1
-        self._marks: list[int] = []
-        self._numbered: dict[int, int] = {}
-        self._total = 0
-        self._keys = 0  # of dicts and sets, that are tuples or sets themselves
-
-    def follow(self, code: pickletools.OpcodeInfo, argument: Any) -> None:
-        """Takes one operation; raises FormatError where tuples become too large."""
-        if code.name == "MARK":
-            self._marks.append(len(self._stack))
-            return
-        if code.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            number = len(self._numbered) if code.name == "MEMOIZE" else argument
-            self._numbered[number] = self._stack[-1] if self._stack else 1
-            return
-        if code.name in ("GET", "BINGET", "LONG_BINGET"):
-            self._stack.append(self._numbered.get(argument, 1))
-            return
-        taken = len(code.stack_before)
-        if pickletools.markobject in code.stack_before and self._marks:
-            below = code.stack_before.index(pickletools.markobject)
-            taken = len(self._stack) - self._marks.pop() + below
-        taken = min(taken, len(self._stack))
-        parts = self._stack[len(self._stack) - taken :]
-        del self._stack[len(self._stack) - taken :]
-        self._total += sum(parts)
-        if self._total > 20 * MAX_OPERATIONS:
-            raise FormatError("it is damaged: its pickle has tuples without end in each other")
-        if code.name in _KEYED:
-            keys = parts[-2:-1] if code.name == "SETITEM" else parts[_KEYED[code.name] :]
-            step = 2 if code.name in ("SETITEMS", "DICT") else 1
-            self._keys += sum(size > 1 for size in keys[::step])
-            if self._keys > MAX_KEYS:
-                raise FormatError(f"it is damaged: its pickle has over {MAX_KEYS} keys of tuples")
-        keeps = code.name.startswith("TUPLE") or code.name in _KEEPING
-        self._stack += [1 + sum(parts) if keeps else 1] * len(code.stack_after)
 
 
 def is_torch(head: bytes) -> bool:
@@ -361,9 +76,9 @@ def _read_zip(
         with archive.open(root + "byteorder") as member:
             if member.read(len(b"little") + 1) != b"little":
                 raise FormatError("its numbers are big-endian")
-    if archive.getinfo(names[0]).file_size > MAX_PICKLE:
-        raise FormatError(f"its pickle has more than {MAX_PICKLE >> 20} MiB")
-    loaded, _ = _load(io.BytesIO(archive.read(names[0])))
+    if archive.getinfo(names[0]).file_size > torch_pickles.MAX_PICKLE:
+        raise FormatError(f"its pickle has more than {torch_pickles.MAX_PICKLE >> 20} MiB")
+    loaded, _ = torch_pickles.load(io.BytesIO(archive.read(names[0])))
     unpacked = 0
 
     def load(key: str) -> np.ndarray:
@@ -390,15 +105,15 @@ def _member(archive: zipfile.ZipFile, data: np.ndarray, info: zipfile.ZipInfo) -
 
 
 def _read_legacy(file: BinaryIO, data: np.ndarray, skip: tuple[str, ...]) -> dict[str, np.ndarray]:
-    if _load(file)[0] != LEGACY_MAGIC or _load(file)[0] != LEGACY_VERSION:
+    if torch_pickles.load(file)[0] != LEGACY_MAGIC or torch_pickles.load(file)[0] != LEGACY_VERSION:
         raise FormatError("it is a pickle, but not one that torch.save wrote")
-    system, _ = _load(file)
+    system, _ = torch_pickles.load(file)
     if not system.get("little_endian", True):
         raise FormatError("its numbers are big-endian")
-    loaded, dtypes = _load(file)
+    loaded, dtypes = torch_pickles.load(file)
     tensors = _tensors(loaded, skip)
     places = {}
-    for key in _load(file)[0]:  # each storage is its size, then its numbers
+    for key in torch_pickles.load(file)[0]:  # each storage is its size, then its numbers
         size = int.from_bytes(file.read(8), "little", signed=True)
         if size < 0:
             raise FormatError("it is damaged: a storage has a negative size")
@@ -415,7 +130,7 @@ def _read_legacy(file: BinaryIO, data: np.ndarray, skip: tuple[str, ...]) -> dic
     return _arrays(tensors, data, load)
 
 
-def _tensors(loaded: Any, skip: tuple[str, ...]) -> dict[str, _Tensor]:
+def _tensors(loaded: Any, skip: tuple[str, ...]) -> dict[str, Tensor]:
     """The tensors in an unpickled dict or its `state_dict`."""
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
@@ -424,12 +139,12 @@ def _tensors(loaded: Any, skip: tuple[str, ...]) -> dict[str, _Tensor]:
     return {
         name: tensor
         for name, tensor in loaded.items()
-        if isinstance(name, str) and isinstance(tensor, _Tensor) and not name.startswith(skip)
+        if isinstance(name, str) and isinstance(tensor, Tensor) and not name.startswith(skip)
     }
 
 
 def _arrays(
-    tensors: dict[str, _Tensor], data: np.ndarray, load: Callable[[str], np.ndarray]
+    tensors: dict[str, Tensor], data: np.ndarray, load: Callable[[str], np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Arrays (read-only views) of tensors; the bytes of each storage are looked up once."""
     load = functools.cache(load)
@@ -446,7 +161,7 @@ def _arrays(
     return arrays
 
 
-def _view(name: str, values: np.ndarray, tensor: _Tensor) -> np.ndarray:
+def _view(name: str, values: np.ndarray, tensor: Tensor) -> np.ndarray:
     """The part of a storage that is a tensor, never beyond the storage's bounds."""
     steps = [tensor.offset, *tensor.shape, *tensor.strides]
     if not all(isinstance(n, int) and n >= 0 for n in steps):

@@ -23,7 +23,7 @@ import numpy as np
 
 from latent_diffusion_jax.data import folders
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.weights import files, torch_files
+from latent_diffusion_jax.weights import files, torch_files, torch_pickles
 
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154789c636060"
@@ -71,7 +71,16 @@ def main() -> None:
     import atheris
 
     kind = sys.argv.pop(1)
-    for module in (files, torch_files, folders, pickletools, zipfile, json.decoder, json.scanner):
+    for module in (
+        files,
+        torch_files,
+        torch_pickles,
+        folders,
+        pickletools,
+        zipfile,
+        json.decoder,
+        json.scanner,
+    ):
         for name, function in list(vars(module).items()):
             if inspect.isfunction(function) and function.__module__ == module.__name__:
                 setattr(module, name, atheris.instrument_func(function))

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.weights import files, torch_files
+from latent_diffusion_jax.weights import files, torch_pickles
 
 FORMATS = {"zip": True, "legacy": False}
 
@@ -429,7 +429,7 @@ def test_parts_that_unpack_to_far_more_are_refused(tmp_path, monkeypatch):
     check_refused(path, "its numbers are big-endian")
     assert tracemalloc.get_traced_memory()[1] < 2**22
     tracemalloc.stop()
-    monkeypatch.setattr(torch_files, "MAX_PICKLE", 10**6)
+    monkeypatch.setattr(torch_pickles, "MAX_PICKLE", 10**6)
     archive_of(path, b"\x80\x02}(" + b"N" * 2 * 10**6 + b"u.", **packed)
     check_refused(path, "its pickle has more than 0 MiB")
 
