@@ -29,7 +29,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import ml_collections
 from absl import app, flags
 
@@ -104,7 +103,11 @@ def run(main: Callable[[], None], *, alone: bool = False) -> None:
     except Exception as error:
         error = _of_the_system(error)
         print(f"error: {described(error)}", file=sys.stderr)
-        sys.exit(error.status if isinstance(error, UserError) else UNEXPECTED)
+        sys.exit(_status(error))
+
+
+def _status(error: Exception) -> int:
+    return error.status if isinstance(error, UserError) else UNEXPECTED
 
 
 class SystemsWord(StorageError):
@@ -154,20 +157,12 @@ def _as_one_of_several(main: Callable[[], None]) -> None:
     try:
         distributed.meet()
         main()
-    except UserError as error:
-        cause = error.__cause__
-        if isinstance(error, StorageError) and isinstance(cause, RuntimeError | ValueError):
-            # In the middle of a save; Orbax's threads give JAX's errors on as others.
-            distributed.fail_unless_one_is_lost(cause, described(error), error.status)
-        distributed.fail(described(error), error.status)
     except KeyboardInterrupt:
         distributed.fail("interrupted", 128 + signal.SIGINT)
-    except jax.errors.JaxRuntimeError as error:
-        distributed.fail_unless_one_is_lost(error, described(error), UNEXPECTED)
     except Exception as error:
-        error = _of_the_system(error)
-        status = error.status if isinstance(error, UserError) else UNEXPECTED
-        distributed.fail(described(error), status)
+        found = _of_the_system(error)
+        origin = error.__cause__ if isinstance(found, UserError) else error
+        distributed.fail_unless_one_is_lost(origin, described(found), _status(found))
     except SystemExit:
         distributed.finish()
         raise

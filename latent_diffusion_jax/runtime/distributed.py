@@ -42,12 +42,10 @@ WATCH_SECONDS = 0.5  # between looks whether another process has failed
 NOT_MET = 75  # status where processes did not meet, or one is lost (EX_TEMPFAIL): try again
 LEAVE_SECONDS = 10.0  # that one which has failed waits for the others to notice
 
-# What JAX says where devices lose those of another process, by gloo, NCCL or between slices, or
-# processes each other.
-LOST_DEVICES = re.compile(
-    r"gloo|nccl|megascale|connection|socket|peer|CoordinationService|UNAVAILABLE|DEADLINE_EXCEEDED",
-    re.IGNORECASE,
-)
+# What is said where devices lose those of another process, or processes each other: by whatever
+# takes part in it, as errors of many types; and else by JAX, of the way to them.
+LOST = re.compile(r"\bgloo\b|\bnccl|\bmegascale|CoordinationService", re.IGNORECASE)
+LOST_IF_JAX = re.compile(r"connection|socket|peer|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE)
 
 # Keys: the number of a process.
 FAILED = "latent_diffusion_jax/failed/"  # values: what it says
@@ -224,17 +222,18 @@ def fail(message: str, status: int) -> NoReturn:
     _exit(status)
 
 
-def fail_unless_one_is_lost(error: Exception, message: str, status: int) -> NoReturn:
-    """`fail` for an error of JAX's, which may be there as another process is gone.
+def fail_unless_one_is_lost(error: BaseException | None, message: str, status: int) -> NoReturn:
+    """`fail` for an error that may be there as another process is gone.
 
     Devices may notice before `_watch` does, which is then given the time to say who it is.
 
     Args:
-      error: JAX's.
+      error: that it began with; None: one of ours.
       message: where no process is gone.
       status: then; `NOT_MET` where the connection between devices is lost nevertheless.
     """
-    if LOST_DEVICES.search(str(error)):
+    of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+    if LOST.search(str(error)) or (of_jax and LOST_IF_JAX.search(str(error))):
         time.sleep(SILENT_SECONDS + 3 * ALIVE_SECONDS)
         status = NOT_MET
     fail(message, status)
