@@ -23,10 +23,12 @@ from latent_diffusion_jax.diffusion.samplers import SAMPLERS
 from latent_diffusion_jax.runtime import files, images, loggers
 from latent_diffusion_jax.runtime.commands import run
 from latent_diffusion_jax.runtime.errors import StorageError, UserError
+from latent_diffusion_jax.runtime.texts import check_text
 
 FLAGS = flags.FLAGS
 
 GRID_COLUMNS = 4
+MAX_PROMPTS_FILE = 64 << 20  # bytes; larger ones are no prompts
 
 
 def read_prompts(prompt: str | None, prompts_file: str | None) -> list[str]:
@@ -36,9 +38,13 @@ def read_prompts(prompt: str | None, prompts_file: str | None) -> list[str]:
     if prompts_file is None:
         return [prompt or ""]
     try:
-        lines = pathlib.Path(prompts_file).expanduser().read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read prompts file {prompts_file}: {error}") from error
+        content = files.read_bytes(pathlib.Path(prompts_file).expanduser(), MAX_PROMPTS_FILE)
+        lines = content.decode("utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read prompts file {prompts_file}: {reason}") from error
+    for number, line in enumerate(lines, 1):
+        check_text(line, f"line {number} of prompts file {prompts_file}")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"prompts file {prompts_file} has no prompts")

@@ -1,6 +1,7 @@
 """Sampling: one program, the same picture for the same seed, files as promised."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from PIL import Image
 from latent_diffusion_jax import pipelines
 from latent_diffusion_jax.diffusion.samplers import SAMPLERS
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.sample import MAX_PROMPTS_FILE, read_prompts
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -165,6 +167,44 @@ def test_command_refuses_bad_flags_in_one_line(trained_workdir, flags, message):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        ("\ufeffa duck\r\n\r\n two geese \r\n", ["a duck", "two geese"]),
+        ("a\u2028duck\x85here\na\tgoose", ["a\u2028duck\x85here", "a\tgoose"]),
+    ],
+)
+def test_prompts_files_are_cut_at_the_ends_of_lines_alone(tmp_path, content, prompts):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content.encode())
+    assert read_prompts(None, str(path)) == prompts
+
+
+@pytest.mark.parametrize("character", "\x0b\x0c\x1c\x1d\x1e\x00\x1b")
+def test_control_characters_in_prompts_files_are_refused(tmp_path, character):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(f"a duck\na{character} goose{character}\n".encode())
+    with pytest.raises(UserError, match=r"^line 2 of prompts file .* has the control character"):
+        read_prompts(None, str(path))
+
+
+def test_prompts_files_that_never_end_or_are_no_text(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "image").write_bytes(b"\x89PNG\xff")
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(MAX_PROMPTS_FILE + 1)
+    for path, message in (
+        ("/dev/zero", "it is no ordinary file"),
+        (tmp_path / "pipe", "it is no ordinary file"),
+        (tmp_path / "folder", "Is a directory"),
+        (tmp_path / "image", "utf-8"),
+        (tmp_path / "huge", "more than the 64 allowed"),
+    ):
+        with pytest.raises(UserError, match=f"^cannot read prompts file {path}: .*{message}"):
+            read_prompts(None, str(path))
 
 
 @pytest.mark.slow

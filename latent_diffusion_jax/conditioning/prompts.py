@@ -18,10 +18,11 @@ from latent_diffusion_jax.runtime.errors import UserError
 
 Texts = dict[str, np.ndarray]  # tokens and their weights, [N, chunks, L]
 EMPHASIS = 1.1  # of one pair of parentheses
+MAX_WEIGHT = 100.0  # far above what prompts have, and far below where vectors overflow
 
 _SYMBOL = re.compile(
     r"""(?P<escaped>\\[()\[\]\\])
-    |(?P<weighted>:\s*(?P<number>[+-]?(?:\d+\.?\d*|\.\d+))\s*\))
+    |(?P<weighted>:\s*(?P<number>[+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\))
     |(?P<open>[(\[])
     |(?P<close>[)\]])
     |(?P<text>[^\\()\[\]:]+|.)""",
@@ -37,41 +38,52 @@ def parse(prompt: str) -> Pieces:
     `(word)` weighs 1.1, `[word]` 1/1.1, `(word:1.3)` 1.3; nested weights multiply. `\(`, `\)`,
     `\[`, `\]` and `\\` stand for the characters themselves. Brackets without a partner are text, as
     is a number in square brackets.
+
+    Raises:
+      UserError: a bracket's text weighs more than MAX_WEIGHT.
     """
-    # Of each bracket that is open: itself, and the pieces since; of the prompt itself "".
-    groups: list[tuple[str, Pieces]] = [("", [])]
-
-    def text(characters: str) -> None:
-        groups[-1][1].append((characters, 1.0))
-
-    def close(weight: float) -> None:
-        _, pieces = groups.pop()
-        groups[-1][1].extend((piece, weight * inner) for piece, inner in pieces)
-
-    for symbol in _SYMBOL.finditer(prompt):
-        found, opened = symbol[0], groups[-1][0]
-        if symbol["escaped"]:
-            text(found[1])
-        elif symbol["open"]:
-            groups.append((found, []))
-        elif symbol["weighted"] and opened == "(":
-            close(float(symbol["number"]))
-        elif found == ")" and opened == "(":
-            close(EMPHASIS)
-        elif found == "]" and opened == "[":
-            close(1 / EMPHASIS)
+    texts: list[str] = []  # of the symbols
+    starts: list[int] = []  # of the symbols in the prompt
+    opened: list[int] = []  # symbols that are brackets still without a partner
+    weights: dict[int, float] = {}  # of the opening brackets that have one
+    closing: set[int] = set()  # their partners
+    for i, symbol in enumerate(_SYMBOL.finditer(prompt)):
+        found, bracket = symbol[0], texts[opened[-1]] if opened else ""
+        weight = None
+        if symbol["open"]:
+            opened.append(i)
+        elif symbol["weighted"] and bracket == "(":
+            weight = float(symbol["number"])
+        elif found == ")" and bracket == "(":
+            weight = EMPHASIS
+        elif found == "]" and bracket == "[":
+            weight = 1 / EMPHASIS
+        if weight is not None:
+            weights[opened.pop()] = weight
+            closing.add(i)
+        texts.append(found[1] if symbol["escaped"] else found)
+        starts.append(symbol.start())
+    # Weights are known once brackets are closed, so they are multiplied in a pass of their own.
+    around: list[tuple[float, int]] = [(1.0, 0)]  # weights within the brackets, and the brackets
+    merged: list[tuple[list[str], float]] = []
+    for i, text in enumerate(texts):
+        weight, bracket_at = around[-1]
+        if i in weights:
+            around.append((weight * weights[i], i))
+        elif i in closing:
+            around.pop()
+        elif merged and merged[-1][1] == weight:
+            merged[-1][0].append(text)
+        elif abs(weight) <= MAX_WEIGHT:
+            merged.append(([text], weight))
         else:
-            text(found)
-    while len(groups) > 1:  # without a partner
-        bracket, pieces = groups.pop()
-        groups[-1][1].extend([(bracket, 1.0), *pieces])
-    merged: Pieces = []
-    for piece, weight in groups[0][1]:
-        if merged and merged[-1][1] == weight:
-            merged[-1] = (merged[-1][0] + piece, weight)
-        else:
-            merged.append((piece, weight))
-    return merged
+            bracket, place = texts[bracket_at], starts[bracket_at] + 1
+            raise UserError(
+                f"the bracket {bracket!r} at place {place} of the prompt {prompt[:40]!r} gives its "
+                f"text the weight {weight:g}; weights must be from {-MAX_WEIGHT:g} to "
+                f"{MAX_WEIGHT:g}"
+            )
+    return [("".join(parts), weight) for parts, weight in merged]
 
 
 class _Token(NamedTuple):
@@ -101,7 +113,7 @@ def tokenize_weighted(
       padding.
 
     Raises:
-      UserError: `max_chunks` is below 1.
+      UserError: `max_chunks` is below 1, or a weight is too large.
     """
     if max_chunks < 1:
         raise UserError(f"max_chunks={max_chunks} must be at least 1")
@@ -155,7 +167,7 @@ def guided_tokens(
       `tokens` and `weights` [N, chunks, L] of the prompts; the same of the negative ones, or None.
 
     Raises:
-      UserError: there is not a negative prompt for each image.
+      UserError: there is not a negative prompt for each image, or a weight is too large.
     """
     count, others = len(prompts), list(negatives or ())
     if negatives is not None and len(others) != count:

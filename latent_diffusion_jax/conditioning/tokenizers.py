@@ -3,17 +3,19 @@
 Ours are trained on captions; CLIP's and BERT's come with the checkpoints that need them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from latent_diffusion_jax.runtime import files
 from latent_diffusion_jax.runtime.errors import StorageError, UserError
 from latent_diffusion_jax.runtime.texts import first_line
 
@@ -22,6 +24,8 @@ JSON_FILE = "tokenizer.json"
 # Beside the vocabulary in the folders of transformers.
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 MIN_VOCABULARY = 32  # fewer tokens are special ones only
+MAX_LENGTH = 1 << 16  # tokens of a caption that a tokenizer.json may ask for
+MAX_FILE = 64 << 20  # bytes; CLIP's tokenizer.json has 2 to 4 MB
 
 
 def train(captions: Iterable[str], vocab_size: int, max_length: int) -> tokenizers.Tokenizer:
@@ -37,10 +41,7 @@ def train(captions: Iterable[str], vocab_size: int, max_length: int) -> tokenize
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(alphabet) + 3:
         raise UserError(f"tokenizer.vocab_size={vocab_size} must be at least {len(alphabet) + 3}")
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _without_ends(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PAD, START, END],
@@ -48,6 +49,57 @@ def train(captions: Iterable[str], vocab_size: int, max_length: int) -> tokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(captions, trainer)
+    return _with_ends(tokenizer, max_length)
+
+
+def load(text: str, where: str = JSON_FILE) -> tokenizers.Tokenizer:
+    """The tokenizer of a `tokenizer.json` that `train` made, given its contents.
+
+    It is built anew from the file's tokens, merges and length. All else must be as `train` has it:
+    what else `tokenizers` can be told gives ids that mean nothing, or does not end.
+
+    Args:
+      text: the contents.
+      where: they are from, for messages.
+
+    Raises:
+      UserError: it is not one.
+    """
+    with _errors_told(f"damaged {where}"):
+        found = json.loads(text)
+        if not isinstance(found, dict) or not isinstance(model := found.get("model"), dict):
+            raise ValueError("it is no tokenizer")
+        _check_ids(model.get("vocab"))
+        if lost := set(pre_tokenizers.ByteLevel.alphabet()).difference(model["vocab"]):
+            raise ValueError(f"it has no token for the byte that is written as {min(lost)!r}")
+        length = (found.get("truncation") or {}).get("max_length")
+        padded = (found.get("padding") or {}).get("strategy")
+        if type(length) is not int or padded != {"Fixed": length}:
+            raise ValueError("it does not pad and cut to a fixed length")
+        if not 3 <= length <= MAX_LENGTH:
+            raise ValueError(f"it pads to {length} tokens; 3 to {MAX_LENGTH} are expected")
+        merges = [(left, right) for left, right in model.get("merges") or []]
+        tokenizer = _without_ends(models.BPE(model["vocab"], merges))
+        tokenizer.add_special_tokens([PAD, START, END])
+        _with_ends(tokenizer, length)
+        for name, expected in json.loads(tokenizer.to_str()).items():
+            if found.get(name) != expected:
+                raise ValueError(f"its {name} is not as training here writes it")
+        _check_encoding(tokenizer, [tokenizer.token_to_id(token) for token in (START, END, PAD)])
+    return tokenizer
+
+
+def _without_ends(model: models.BPE) -> tokenizers.Tokenizer:
+    """A tokenizer of `train` but for start, end and length."""
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _with_ends(tokenizer: tokenizers.Tokenizer, max_length: int) -> tokenizers.Tokenizer:
+    """The same one; it adds start and end, and pads and cuts to so many tokens."""
     ids = [(token, tokenizer.token_to_id(token)) for token in (START, END)]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{START} $A {END}", special_tokens=ids
@@ -57,20 +109,47 @@ def train(captions: Iterable[str], vocab_size: int, max_length: int) -> tokenize
     return tokenizer
 
 
-def load(text: str) -> tokenizers.Tokenizer:
-    """The tokenizer of a `tokenizer.json`, given its contents.
-
-    Raises:
-      UserError: it is not one, or it does not pad to a fixed length.
-    """
+@contextlib.contextmanager
+def _errors_told(beginning: str) -> Iterator[None]:
+    """Whatever the block raises becomes a UserError, whose message begins with `beginning`."""
     try:
-        tokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"damaged tokenizer.json: {error}") from error
-    padding, truncation = tokenizer.padding or {}, tokenizer.truncation or {}
-    if not padding.get("length") or padding["length"] != truncation.get("max_length"):
-        raise UserError("tokenizer.json does not pad and cut to a fixed length")
-    return tokenizer
+        yield
+    except BaseException as error:
+        # A panic in Rust comes as a BaseException, of a class that cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{beginning}: {first_line(error)}") from error
+
+
+def _check_ids(vocabulary: object) -> None:
+    """Raises ValueError where N tokens do not have the ids 0 to N - 1, each its own.
+
+    Those of CLIP, BERT and `train` do, with added tokens too. Any other id would be of no vector
+    in the text encoder, or of another token's.
+    """
+    if not isinstance(vocabulary, dict):
+        raise ValueError("it has no vocabulary")
+    tokens: dict[int, str] = {}
+    for token, i in vocabulary.items():
+        if type(i) is not int or not 0 <= i < len(vocabulary):
+            raise ValueError(
+                f"the token {token[:40]!r} has the id {str(i)[:40]}; the ids of "
+                f"{len(vocabulary)} tokens are 0 to {len(vocabulary) - 1}"
+            )
+        if i in tokens:
+            raise ValueError(f"the tokens {tokens[i][:40]!r} and {token[:40]!r} share the id {i}")
+        tokens[i] = token
+
+
+def _check_encoding(tokenizer: tokenizers.Tokenizer, special: Sequence[int | None]) -> None:
+    """Raises ValueError where texts are not start, tokens, end and padding, the `special` ones."""
+    start, end, pad = special
+    length = max_length(tokenizer)
+    empty, long = encode(tokenizer, ["", "a 日 " * length])
+    if list(empty) != [start, end] + (length - 2) * [pad]:
+        raise ValueError("it does not make start, end and padding of the empty text")
+    if (long[0], long[-1]) != (start, end):
+        raise ValueError("it does not put start and end around a long text")
 
 
 def max_length(tokenizer: tokenizers.Tokenizer) -> int:
@@ -178,7 +257,8 @@ def load_clip(
       UserError: the folder or its files are missing or damaged, or are another checkpoint's.
     """
     needed = (("vocab.json", "merges.txt"), (JSON_FILE,))
-    tokenizer = _load_pretrained("CLIPTokenizer", folder, needed, vocab_size, max_length)
+    ends = ("bos_token_id", "eos_token_id")
+    tokenizer = _load_pretrained("CLIPTokenizer", folder, needed, ends, vocab_size, max_length)
     if JSON_FILE not in tokenizer.files:
         _check_merges(tokenizer, str(folder))
     return tokenizer
@@ -194,9 +274,11 @@ def load_trained(
     """
     path = pathlib.Path(folder).expanduser() / JSON_FILE
     try:
-        found = prompt_tokenizer(load(path.read_text("utf-8")))
-    except OSError as error:
-        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+        text = files.read_bytes(path, MAX_FILE).decode()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read the tokenizer {path}: {reason}") from error
+    found = prompt_tokenizer(load(text, str(path)))
     for what, size, wanted in (
         ("knows", found.vocab_size, vocab_size),
         ("pads to", found.max_length, max_length),
@@ -223,7 +305,8 @@ def load_bert(
       UserError: the folder or its files are missing or damaged, or are another checkpoint's.
     """
     needed = (("vocab.txt",), (JSON_FILE,))
-    return _load_pretrained("BertTokenizer", folder, needed, vocab_size, max_length)
+    ends = ("cls_token_id", "sep_token_id")
+    return _load_pretrained("BertTokenizer", folder, needed, ends, vocab_size, max_length)
 
 
 def _check_merges(tokenizer: PromptTokenizer, folder: str) -> None:
@@ -247,6 +330,7 @@ def _load_pretrained(
     class_name: str,
     folder: str | pathlib.Path,
     needed: tuple[tuple[str, ...], ...],
+    ends: tuple[str, str],
     vocab_size: int | None,
     max_length: int,
 ) -> PromptTokenizer:
@@ -254,32 +338,36 @@ def _load_pretrained(
     if not folder.is_dir():
         raise UserError(f"there is no tokenizer folder {folder}")
     # transformers makes an empty tokenizer, and no error, where files are missing.
-    if not any(all((folder / name).is_file() for name in names) for names in needed):
+    if not any(all((folder / name).exists() for name in names) for names in needed):
         wanted = ", or ".join(" and ".join(names) for names in needed)
         raise UserError(f"{folder} holds no {class_name}: it needs {wanted}")
     # It would say that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers  # takes a second, and our own tokenizers do without
 
-    try:
+    with _errors_told(f"cannot read the tokenizer in {folder}"):
         known = {
-            name: (folder / name).read_bytes()
+            name: files.read_bytes(folder / name, MAX_FILE)
             for name in (*(name for names in needed for name in names), *SETTINGS_FILES)
-            if (folder / name).is_file()
+            if (folder / name).exists()
         }
+        # transformers drops tokens whose ids are too large for it.
+        if "vocab.json" in known:
+            _check_ids(json.loads(known["vocab.json"].decode()))
+        if JSON_FILE in known:
+            _check_ids(json.loads(known[JSON_FILE].decode())["model"]["vocab"])
         pretrained = getattr(transformers, class_name).from_pretrained(
             str(folder), local_files_only=True
         )
         backend = pretrained.backend_tokenizer
-        backend.enable_truncation(max_length, direction=pretrained.truncation_side)
+        _check_ids(backend.get_vocab())
+        # At the right, whatever the files say: the text encoders know no other sides.
+        backend.enable_truncation(max_length)
         backend.enable_padding(
-            direction=pretrained.padding_side,
-            pad_id=pretrained.pad_token_id,
-            pad_token=pretrained.pad_token,
-            length=max_length,
+            pad_id=pretrained.pad_token_id, pad_token=pretrained.pad_token, length=max_length
         )
-    except Exception as error:  # the libraries raise plain Exception
-        raise UserError(f"cannot read the tokenizer in {folder}: {first_line(error)}") from error
+        special = (*ends, "pad_token_id")
+        _check_encoding(backend, [getattr(pretrained, name) for name in special])
     size = backend.get_vocab_size()
     if size < MIN_VOCABULARY:
         raise UserError(f"the tokenizer in {folder} is empty: it has {size} tokens")

@@ -32,6 +32,6 @@ def escaped(text: str) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, as far as it is one line; its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

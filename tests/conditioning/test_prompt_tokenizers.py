@@ -274,3 +274,87 @@ def test_damaged_files(clip, tmp_path, name, content):
     (tmp_path / "damaged" / name).write_bytes(content)
     with pytest.raises(UserError, match=r"^(cannot read )?the tokenizer in [^\n]+damaged"):
         tokenizers.load_clip(tmp_path / "damaged", clip[1])
+
+
+@pytest.mark.parametrize(
+    ("token", "i", "message"),
+    [
+        ("a</w>", 10**6, r"the token 'a</w>' has the id 1000000; the ids of \d+ tokens are 0 to"),
+        ("a</w>", 2**33, r"the token 'a</w>' has the id 8589934592; the ids of"),
+        ("a</w>", 0, r"the tokens '!' and 'a</w>' share the id 0"),
+        ("new", 2**33, r"the token 'new' has the id 8589934592; the ids of"),
+    ],
+)
+@pytest.mark.parametrize("as_json", [False, True], ids=["vocab.json", "tokenizer.json"])
+def test_ids_that_the_text_encoder_has_no_vector_for(clip, tmp_path, as_json, token, i, message):
+    if as_json:
+        CLIPTokenizer.from_pretrained(clip[0]).save_pretrained(tmp_path)
+    else:
+        shutil.copytree(clip[0], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / ("tokenizer.json" if as_json else "vocab.json")
+    written = json.loads(path.read_text("utf-8"))
+    (written["model"]["vocab"] if as_json else written)[token] = i
+    path.write_text(json.dumps(written), "utf-8")
+    with pytest.raises(UserError, match=rf"^cannot read the tokenizer in .*: {message}"):
+        tokenizers.load_clip(tmp_path, clip[1])
+
+
+def test_two_lines_of_one_token(bert, tmp_path):
+    shutil.copytree(bert[0], tmp_path, dirs_exist_ok=True)
+    with (tmp_path / "vocab.txt").open("a") as file:
+        file.write("\nred\n")
+    with pytest.raises(UserError, match=r"cannot read .* token 'red' has the id \d+; the ids of"):
+        tokenizers.load_bert(tmp_path)
+
+
+def test_added_tokens_have_the_ids_that_follow(clip, tmp_path):
+    """As textual inversion adds them."""
+    theirs = CLIPTokenizer.from_pretrained(clip[0])
+    theirs.add_tokens(["<duck>", "<goose>"])
+    theirs.save_pretrained(tmp_path)
+    tokenizer = tokenizers.load_clip(tmp_path, clip[1] + 2)
+    prompts = ["a red <duck>", "<goose> of <duck>"]
+    np.testing.assert_array_equal(tokenizer.encode(prompts), called(theirs, prompts))
+    assert tokenizer.encode(prompts).max() == clip[1] + 1
+
+
+@pytest.mark.parametrize("make, load", KINDS)
+def test_padding_and_cutting_are_at_the_right(make, load, tmp_path):
+    vocab_size = make(tmp_path)
+    expected = load(tmp_path, vocab_size).encode(PROMPTS)
+    path = tmp_path / "tokenizer_config.json"
+    sides = {"padding_side": "left", "truncation_side": "left", "stride": 16}
+    path.write_text(json.dumps(json.loads(path.read_text()) | sides))
+    np.testing.assert_array_equal(load(tmp_path, vocab_size).encode(PROMPTS), expected)
+
+
+def test_stride_and_sides_of_a_tokenizer_json(clip, tmp_path):
+    theirs = CLIPTokenizer.from_pretrained(clip[0])
+    expected = called(theirs)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    written = json.loads(path.read_text())
+    written["truncation"] = {
+        "direction": "Left", "max_length": 77, "strategy": "OnlySecond", "stride": 16
+    }  # fmt: skip
+    written["padding"] = {
+        "strategy": {"Fixed": 77}, "direction": "Left", "pad_to_multiple_of": None,
+        "pad_id": 10**6, "pad_type_id": 0, "pad_token": END,
+    }  # fmt: skip
+    written["post_processor"] = None
+    path.write_text(json.dumps(written))
+    np.testing.assert_array_equal(tokenizers.load_clip(tmp_path, clip[1]).encode(PROMPTS), expected)
+
+
+def test_a_text_encoder_without_room_for_start_and_end(clip):
+    with pytest.raises(UserError, match=r"^cannot read the tokenizer in"):
+        tokenizers.load_clip(clip[0], max_length=1)
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "tokenizer.json", "tokenizer_config.json"])
+def test_a_pipe_among_the_files(clip, tmp_path, name):
+    shutil.copytree(clip[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=r"^cannot read the tokenizer in .*no ordinary file"):
+        tokenizers.load_clip(tmp_path)

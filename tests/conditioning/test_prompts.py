@@ -1,5 +1,7 @@
 """Emphasis, and prompts of several chunks."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,10 +108,50 @@ def test_parse(prompt, expected):
     np.testing.assert_allclose([w for _, w in found], [w for _, w in expected], rtol=1e-12)
 
 
-def test_long_and_deep_prompts_parse():
-    deep = "(" * 2000 + "red" + ")" * 2000
-    assert parse(deep)[0][0] == "red"
-    assert parse("(" * 2000)[0] == ("(" * 2000, 1.0)
+@pytest.mark.parametrize(
+    "prompt, expected",
+    [
+        ("([" * 20_000 + "red" + "])" * 20_000, [("red", 1.0)]),
+        ("[x" * 20_000 + "]" * 20_000, None),
+        ("(" * 60_000, [("(" * 60_000, 1.0)]),
+        ("(red:" + "9" * 60_000, [("(red:" + "9" * 60_000, 1.0)]),
+    ],
+)
+def test_long_and_deep_prompts_parse_in_linear_time(prompt, expected):
+    started = time.process_time()
+    found = parse(prompt)
+    assert time.process_time() - started < 2
+    if expected is None:  # each letter weighs less than the one before
+        assert "".join(text for text, _ in found) == "x" * 20_000
+        weights = [weight for _, weight in found]
+        assert weights == sorted(weights, reverse=True) and weights[0] == 1 / 1.1
+    else:
+        assert [text for text, _ in found] == [text for text, _ in expected]
+        np.testing.assert_allclose([w for _, w in found], [w for _, w in expected], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "prompt, place",
+    [
+        ("a (red:" + "9" * 400 + ")", 3),
+        ("(red:100.1)", 1),
+        ("(red:-101)", 1),
+        ("((red:11):10)", 2),
+        ("(" * 8000 + "red" + ")" * 8000, 8000),
+    ],
+)
+def test_weights_out_of_bounds_name_their_bracket(prompt, place):
+    wanted = (
+        rf"^the bracket '\(' at place {place} of the prompt .* weights must be from -100 to 100$"
+    )
+    with pytest.raises(UserError, match=wanted):
+        parse(prompt)
+
+
+def test_weights_may_be_large_on_the_way():
+    ((text, weight),) = parse("(" * 60 + "[" * 60 + "red" + "]" * 60 + ")" * 60)
+    assert text == "red" and weight == pytest.approx(1)
+    assert parse("(red:100)(star:-100)") == [("red", 100.0), ("star", -100.0)]
 
 
 # Chunks.

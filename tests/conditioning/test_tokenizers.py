@@ -1,6 +1,9 @@
 """Tokenizers: fixed lengths, the same ids every time, no text that they do not know."""
 
 import json
+import os
+import subprocess
+import sys
 import unicodedata
 
 import numpy as np
@@ -142,3 +145,120 @@ def test_tokenizer_that_cuts_later_than_it_pads(tokenizer):
     other.enable_truncation(2 * LENGTH)
     with pytest.raises(UserError, match="fixed length"):
         tokenizers.load(other.to_str())
+
+
+def test_settings_are_those_of_checkpoints_until_now(tokenizer):
+    """The settings of a `tokenizer.json` as checkpoints of tokenizers 0.22 and 0.23 hold them."""
+    written = json.loads(tokenizer.to_str())
+    assert written["pre_tokenizer"] == {
+        "type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True
+    }  # fmt: skip
+    assert written["normalizer"] == {
+        "type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]
+    }  # fmt: skip
+    assert written["decoder"] == written["pre_tokenizer"]
+    assert {k: v for k, v in written["model"].items() if k not in ("vocab", "merges")} == {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+        "ignore_merges": False,
+    }  # fmt: skip
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 64}
+COSTLY = {"type": "Replace", "pattern": {"Regex": "(a|a)*$b"}, "content": ""}
+SPLIT = {"type": "Split", "pattern": {"Regex": "(a|a)*$b"}, "behavior": "Removed", "invert": False}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (
+            "model.vocab.!",
+            10**6,
+            r"the token '!' has the id 1000000; the ids of 344 tokens are 0 to 343",
+        ),
+        ("model.vocab.!", 2**33, r"the token '!' has the id 8589934592; the ids of"),
+        ("model.vocab.!", -1, r"the token '!' has the id -1; the ids of"),
+        ("model.vocab.!", 7.0, r"the token '!' has the id 7\.0; the ids of"),
+        ("model.vocab.!", 7, r"the tokens '!' and '%' share the id 7"),
+        ("model.vocab", [["!", 0.5]], "it has no vocabulary"),
+        ("model.vocab", {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2}, "it has no token for the byte"),
+        ("model.merges", None, "its model is not as training here writes it"),
+        ("model.dropout", 0.5, "its model is not as training here writes it"),
+        ("model.unk_token", "!", "its model is not as training here writes it"),
+        ("padding.pad_id", 10**6, "its padding is not as"),
+        ("padding.direction", "Left", "its padding is not as"),
+        ("padding.pad_to_multiple_of", 16, "its padding is not as"),
+        ("truncation.stride", 16, "its truncation is not as"),
+        ("truncation.direction", "Left", "its truncation is not as"),
+        ("truncation.strategy", "OnlySecond", "its truncation is not as"),
+        ("post_processor", None, "its post_processor is not as"),
+        ("decoder", None, "its decoder is not as"),
+        ("pre_tokenizer", SPLIT, "its pre_tokenizer is not as"),
+        ("normalizer", COSTLY, "its normalizer is not as"),
+        ("normalizer", {"type": "Sequence", "normalizers": 5 * [REPLACE]}, "its normalizer is"),
+        ("added_tokens.0.lstrip", True, "its added_tokens is not as"),
+    ],
+)
+def test_what_training_does_not_write_is_refused(tokenizer, path, value, message):
+    written = json.loads(tokenizer.to_str())
+    part = written
+    *parents, last = path.split(".")
+    for name in parents:
+        part = part[int(name) if name.isdigit() else name]
+    part[last] = value
+    with pytest.raises(UserError, match=rf"^damaged tokenizer\.json: {message}"):
+        tokenizers.load(json.dumps(written))
+
+
+@pytest.mark.parametrize("length", [0, 2, 10**12, True, "10"])
+def test_lengths_that_no_text_encoder_has(tokenizer, length):
+    written = json.loads(tokenizer.to_str())
+    written["truncation"]["max_length"] = length
+    written["padding"]["strategy"]["Fixed"] = length
+    with pytest.raises(UserError, match=r"pads to \d+ tokens; 3 to 65536|fixed length"):
+        tokenizers.load(json.dumps(written))
+
+
+def test_all_ids_the_same(tokenizer):
+    written = json.loads(tokenizer.to_str())
+    written["model"]["vocab"] = dict.fromkeys(written["model"]["vocab"], 7)
+    with pytest.raises(UserError, match="share the id 7"):
+        tokenizers.load(json.dumps(written))
+
+
+def test_panics_are_errors_and_interrupts_are_not(tokenizer):
+    """Rust's panics are BaseExceptions, as what ends a process is."""
+    written = json.loads(tokenizer.to_str())
+    written["truncation"]["stride"] = 16
+    panics = Tokenizer.from_str(json.dumps(written))
+    with (
+        pytest.raises(UserError, match=r"^damaged: [^\n]+$"),
+        tokenizers._errors_told("damaged"),
+    ):
+        panics.encode("a " * 50)
+    for stop in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(stop), tokenizers._errors_told("damaged"):
+            raise stop
+
+
+def test_a_file_that_is_no_text_or_never_ends(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.to_str())
+    assert tokenizers.load_trained(tmp_path, max_length=LENGTH).max_length == LENGTH
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(UserError, match=r"^cannot read the tokenizer .*tokenizer\.json: .*utf-8"):
+        tokenizers.load_trained(tmp_path)
+    path.write_text("{oops")
+    with pytest.raises(UserError, match=rf"^damaged {path}: "):
+        tokenizers.load_trained(tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.json: No such file"):
+        tokenizers.load_trained(tmp_path)
+    os.mkfifo(path)
+    module = "latent_diffusion_jax.conditioning.tokenizers"
+    code = f"import sys, {module} as t; t.load_trained(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert "it is no ordinary file" in done.stderr
