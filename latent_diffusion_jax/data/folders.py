@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import heapq
 import itertools
 import json
 import os
@@ -13,15 +14,16 @@ from absl import logging
 
 from latent_diffusion_jax.data import identity
 from latent_diffusion_jax.data.patience import RecordError
-from latent_diffusion_jax.runtime import images
+from latent_diffusion_jax.runtime import files, images
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.runtime.files import check_ordinary
 from latent_diffusion_jax.runtime.texts import check_text, escaped
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TRAIN, TEST = "train", ("test", "validation", "valid", "val")  # subfolders that are splits
 CAPTION_COLUMNS = ("file_name", "text")
-MAX_CAPTION, MAX_TABLE = 2**20, 2**32  # bytes of a .txt file, and of a metadata.jsonl
+MAX_CAPTION = 2**20  # bytes of a .txt file, characters in a metadata.jsonl
+MAX_ROW, MAX_TABLE = 2**24, 2**32  # characters of a line of a metadata.jsonl, bytes of all
+MAX_DEPTH = 100  # folders one within the other
 LOST_AND_FOUND = "lost+found"  # on every disk of Linux', and for its administrator alone
 SHOWN = 200  # characters of what a table has in place of the columns that it should have
 # What is the matter with one file. All else (EIO, ESTALE, EMFILE, ...) may be over soon.
@@ -37,8 +39,9 @@ class FolderSource:
     Not `captioned`, all images are used and have the caption "". Their labels are then the
     subfolders that they lie in, where there are two or more and no image lies beside them.
 
-    Links are followed, as large data are often put together of links. What a table names must be
-    in the folder it is in, by its real path too: tables are others' texts.
+    Links are followed, as large data are often put together of links; a folder that is reached in
+    several ways is read once. What a table names must be in the folder it is in, by its real path
+    too: tables are others' texts. An image in several rows is one image with all their captions.
     """
 
     def __init__(
@@ -125,31 +128,56 @@ def _has_files(folder: pathlib.Path) -> bool:
         return False
 
 
-def _files(folder: pathlib.Path, around: tuple[str, ...] = ()) -> Iterator[pathlib.Path]:
+def _files(root: pathlib.Path) -> Iterator[pathlib.Path]:
     """Files in a folder and its subfolders, those that are links too.
 
-    Args:
-      folder: it.
-      around: real paths of the folders that it is in, which links may lead back to.
+    Each real folder is read once, under its own path where that is in `root`, else under the first
+    link's in the alphabet: links can double the paths to it at every level.
 
     Raises:
-      UserError: a folder cannot be read; its images would be missing without a word.
+      UserError: a folder cannot be read, whose images would be missing without a word, or lies too
+        deep.
     """
-    real = os.path.realpath(folder)
-    if real in around:
-        return
-    try:
-        with os.scandir(folder) as entries:
-            found = [(folder / entry.name, _is_folder(entry)) for entry in entries]
-    except OSError as error:
-        if folder.name == LOST_AND_FOUND and error.errno in (errno.EACCES, errno.EPERM):
-            return
-        raise UserError(f"cannot read data folder {folder}: {error.strerror}") from error
-    for path, is_folder in found:
-        if is_folder:
-            yield from _files(path, (*around, real))
+    seen: set[str] = set()  # by their real paths: on some mounts inodes are no identity
+    folders = [(root, os.path.realpath(root))]
+    links: list[pathlib.Path] = []  # a heap: the smallest first
+    twice: list[pathlib.Path] = []
+    while folders or links:
+        if folders:
+            folder, real = folders.pop()
         else:
-            yield path
+            folder = heapq.heappop(links)
+            real = os.path.realpath(folder)
+        if real in seen:
+            twice.append(folder)
+            continue
+        seen.add(real)
+        below = folder.relative_to(root)
+        if len(below.parts) > MAX_DEPTH:
+            raise UserError(
+                f"data folder {root} has over {MAX_DEPTH} folders one within the other: "
+                f"{escaped(str(below))[:SHOWN]}..."
+            )
+        try:
+            with os.scandir(folder) as entries:
+                found = list(entries)
+        except OSError as error:
+            if folder.name == LOST_AND_FOUND and error.errno in (errno.EACCES, errno.EPERM):
+                continue
+            raise UserError(f"cannot read data folder {folder}: {error.strerror}") from error
+        for entry in found:
+            path = folder / entry.name
+            if not _is_folder(entry):
+                yield path
+            elif entry.is_symlink():
+                heapq.heappush(links, path)
+            else:
+                folders.append((path, os.path.join(real, entry.name)))
+    if twice:
+        logging.warning(
+            "%d folders in %s, %s the first, are read once, under their other names",
+            *(len(twice), root, escaped(str(min(twice).relative_to(root)))),
+        )
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -167,27 +195,28 @@ def _image_files(paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
 
 def _captions(folder: pathlib.Path, captioned: bool) -> list[tuple[pathlib.Path, list[str]]]:
     """Image paths with their captions, sorted by path."""
-    files = sorted(_files(folder))
+    paths = sorted(_files(folder))
     if not captioned:
-        return [(path, [""]) for path in _image_files(files)]
-    tables = [path for path in files if path.name == "metadata.jsonl"]
+        return [(path, [""]) for path in _image_files(paths)]
+    tables = [path for path in paths if path.name == "metadata.jsonl"]
     if tables:
-        pairs = [pair for table in tables for pair in _read_table(table)]
-        listed = {path for path, _ in pairs}
-        unlisted = [path for path in _image_files(files) if path not in listed]
+        listed: dict[pathlib.Path, list[str]] = {}
+        for table in tables:
+            for path, texts in _rows(table):
+                listed.setdefault(path, []).extend(texts)
+        unlisted = [path for path in _image_files(paths) if path not in listed]
         if unlisted:
             logging.warning(
                 "%d images in %s are in no metadata.jsonl and not used, the first is %s",
                 *(len(unlisted), folder, unlisted[0].relative_to(folder)),
             )
-        return sorted(pairs, key=lambda pair: pair[0])
+        return sorted(listed.items())
     pairs, without = [], []
-    for path in _image_files(files):
+    for path in _image_files(paths):
         text = path.with_suffix(".txt")
         if text.is_file():
             try:
-                check_ordinary(text, MAX_CAPTION)
-                pairs.append((path, [text.read_text("utf-8").strip()]))
+                pairs.append((path, [files.read_text(text, MAX_CAPTION).strip()]))
             except UnicodeDecodeError as error:
                 raise UserError(f"caption file {text} is not UTF-8 text: {error}") from error
             except OSError as error:
@@ -213,9 +242,15 @@ def _is_inside(path: pathlib.Path, root: pathlib.Path) -> bool:
 
 def _lines(table: pathlib.Path) -> Iterator[str]:
     try:
-        check_ordinary(table, MAX_TABLE)
-        with table.open(encoding="utf-8") as file:
-            yield from file
+        files.check_ordinary(table, MAX_TABLE)
+        with table.open(encoding="utf-8-sig") as file:
+            for number in itertools.count(1):
+                line = file.readline(MAX_ROW + 1)
+                if len(line) > MAX_ROW:
+                    raise ValueError(f"line {number} has more than {MAX_ROW} characters")
+                if not line:
+                    return
+                yield line
     except UnicodeDecodeError as error:
         raise UserError(f"{table} is not UTF-8 text: {error}") from error
     except OSError as error:
@@ -224,9 +259,9 @@ def _lines(table: pathlib.Path) -> Iterator[str]:
         raise UserError(f"cannot read {table}: {error}") from error
 
 
-def _read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
+def _rows(table: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[str]]]:
     """Rows of a `metadata.jsonl`, checked."""
-    root, pairs = pathlib.Path(os.path.realpath(table.parent)), []
+    root = pathlib.Path(os.path.realpath(table.parent))
     for number, line in enumerate(_lines(table), 1):
         if not line.strip():
             continue
@@ -246,6 +281,8 @@ def _read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
         if not texts or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{where}: text must be a string or a list of strings")
         for text in texts:
+            if len(text) > MAX_CAPTION:
+                raise UserError(f"{where}: text has more than {MAX_CAPTION} characters")
             check_text(text, f"{where}: text")
         name = pathlib.Path(str(row["file_name"]))
         path = table.parent / name
@@ -258,8 +295,7 @@ def _read_table(table: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
             raise UserError(f"{where}: file_name {row['file_name']!r} leads out of {table.parent}")
         if not exists:
             raise UserError(f"{where}: image {row['file_name']!r} does not exist in {table.parent}")
-        pairs.append((path, texts))
-    return pairs
+        yield path, texts
 
 
 def _classes(folder: pathlib.Path) -> list[str]:
@@ -316,7 +352,8 @@ def _split(
     pairs = _captions(root, captioned)
 
     def is_test(path: pathlib.Path) -> bool:
-        digest = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
+        name = path.relative_to(root).as_posix().encode("utf-8", "surrogateescape")
+        digest = hashlib.sha256(name).digest()
         return int.from_bytes(digest[:8], "big") < holdout_share * 2**64
 
     # By name, so that adding images moves none; a folder too small for its share gives its first.

@@ -22,10 +22,12 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from latent_diffusion_jax.data import identity
 from latent_diffusion_jax.data.patience import Patience
 from latent_diffusion_jax.data.record_files import RecordFiles
+from latent_diffusion_jax.runtime import files
 from latent_diffusion_jax.runtime.errors import StorageError, UserError
 from latent_diffusion_jax.runtime.texts import first_line
 
 INDEX_FILE = "latents.json"
+MAX_INDEX = 2**26  # bytes of it
 FORMAT = 1
 SPLITS = ("train", "test")
 DTYPES = ("float16", "float32")  # the first where nothing is said
@@ -100,6 +102,7 @@ def count_records(path: pathlib.Path) -> int:
       UserError: it is damaged.
     """
     try:
+        files.check_ordinary(path)
         reader = ArrayRecordReader(str(path))
         try:
             return int(reader.num_records())
@@ -121,7 +124,7 @@ def read_index(folder: pathlib.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        index = json.loads(path.read_text("utf-8"))
+        index = json.loads(files.read_text(path, MAX_INDEX))
         version = index["format"]
         if version == FORMAT:
             _check_index(index)
@@ -208,11 +211,11 @@ class LatentSource:
         for path, count in zip(paths, counts, strict=True):
             if (found := count_records(path)) != count:
                 raise UserError(f"latents {path} have {found} records, {count} were written")
-        files = [str(p) for p, count in zip(paths, counts, strict=True) if count]
-        if not files:
+        shards = [str(p) for p, count in zip(paths, counts, strict=True) if count]
+        if not shards:
             raise UserError(f"split {split!r} of the latents in {self._folder} is empty")
-        records = grain.sources.ArrayRecordDataSource(files)
-        self._records = RecordFiles(records, copy.copy, files)  # a copy opens its own
+        records = grain.sources.ArrayRecordDataSource(shards)
+        self._records = RecordFiles(records, copy.copy, shards)  # a copy opens its own
         self._split = split
 
     def __len__(self) -> int:

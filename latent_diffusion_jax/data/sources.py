@@ -8,8 +8,9 @@ it. A record has at least one caption, "" where the data has none for it.
 import contextlib
 import dataclasses
 import io
+import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,14 +20,18 @@ from latent_diffusion_jax.data import digits, identity, photos
 from latent_diffusion_jax.data.folders import FolderSource
 from latent_diffusion_jax.data.patience import RecordError
 from latent_diffusion_jax.data.record_files import RecordFiles
-from latent_diffusion_jax.runtime import processes
+from latent_diffusion_jax.runtime import files, processes
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.runtime.texts import check_text, first_line
+from latent_diffusion_jax.runtime.texts import check_text, escaped, first_line
 
 BUNDLED: dict[str, type[tfds.core.GeneratorBasedBuilder]] = {  # prepared on first use
     "handwritten_digits": digits.HandwrittenDigits,
     "bundled_photos": photos.BundledPhotos,
 }
+INFO, FEATURES = "dataset_info.json", "features.json"  # what TFDS says of a prepared dataset
+MAX_INFO, SHOWN = 2**26, 300  # bytes of each; characters of what is the matter with one
+CLASS_KEYS = ("pythonClassName", "python_class_name", "type")  # the last of older versions
+KNOWN_CLASSES = "tensorflow_datasets.core.features."
 
 
 class Source(Protocol):
@@ -97,21 +102,26 @@ def open_source(
 
 def _open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     """A builder whose data is prepared in a format with random access."""
+    root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     if name in BUNDLED:
+
+        def bundled() -> tfds.core.DatasetBuilder:
+            with _reading(root / name / str(BUNDLED[name].VERSION) / INFO):
+                return BUNDLED[name](data_dir=data_dir, file_format="array_record")
+
         tfds.disable_progress_bar()
         with (
             processes.first_one_first(f"prepare {name}"),
             contextlib.redirect_stdout(io.StringIO()),  # TFDS speaks of a download
         ):
-            builder = BUNDLED[name](data_dir=data_dir, file_format="array_record")
+            builder = bundled()
             try:
                 builder.download_and_prepare()
             except OSError:  # perhaps another run was faster
-                builder = BUNDLED[name](data_dir=data_dir, file_format="array_record")
+                builder = bundled()
                 if not builder.is_prepared():
                     raise
         return builder
-    root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     path, _, version = name.partition(":")
     # From its files alone: needs neither the dataset's code nor what that imports.
     folders = [info.parent for info in (root / path).glob("**/dataset_info.json")]
@@ -130,7 +140,55 @@ def _open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     kinds = sorted({str(folder.parent.relative_to(root)) for folder in folders})
     if len(kinds) > 1:
         raise UserError(f"data {name!r} has several configs, name one: {', '.join(kinds)}")
-    return tfds.builder_from_directory(folders[-1])
+    return _prepared(folders[-1])
+
+
+def _prepared(folder: pathlib.Path) -> tfds.core.DatasetBuilder:
+    """The builder of a prepared dataset's folder, by its files alone.
+
+    Raises:
+      UserError: one of them is damaged, or would have code imported: TFDS takes the classes of
+        features from wherever the file says, the working directory too.
+    """
+    with _reading(folder / FEATURES):
+        features = json.loads(files.read_text(folder / FEATURES, MAX_INFO))
+        _check_classes(features)
+        for path in folder.glob("*.txt"):  # names of classes, which come with the features
+            files.check_ordinary(path, MAX_INFO)
+        found = tfds.features.FeatureConnector.from_config(folder)
+        if not isinstance(found, tfds.features.FeaturesDict):
+            raise ValueError(f"it is of a {type(found).__name__}, not of a FeaturesDict")
+    with _reading(folder / INFO):
+        info = json.loads(files.read_text(folder / INFO, MAX_INFO))
+        _check_classes(info.get("features"))
+        return tfds.builder_from_directory(folder)
+
+
+@contextlib.contextmanager
+def _reading(path: pathlib.Path) -> Iterator[None]:
+    """Turns whatever a damaged file leads to into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from error
+    except Exception as error:  # of any kind, by what TFDS makes of it
+        raise UserError(f"cannot use {path}: {escaped(first_line(error))[:SHOWN]}") from error
+
+
+def _check_classes(value: Any) -> None:
+    """Raises ValueError where a description of features names a class that is not TFDS's own."""
+    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+        with contextlib.suppress(json.JSONDecodeError):  # some are JSON within JSON
+            _check_classes(json.loads(value))
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            named = key in CLASS_KEYS and isinstance(inner, str)
+            if named and not inner.startswith(KNOWN_CLASSES):
+                raise ValueError(f"it names the class {inner!r}, not one of {KNOWN_CLASSES}*")
+            _check_classes(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_classes(inner)
 
 
 def _caption_feature(features: Any, path: str) -> Any:
@@ -201,8 +259,8 @@ class TfdsSource:
                 f"cannot read split {split!r} of dataset {name!r} (splits: "
                 f"{', '.join(builder.info.splits)}): {str(error).splitlines()[0]}"
             ) from error
-        files = [str(path) for path in builder.info.splits[split].filepaths]
-        self._records = RecordFiles(records, dataclasses.replace, files)
+        shards = [str(path) for path in builder.info.splits[split].filepaths]
+        self._records = RecordFiles(records, dataclasses.replace, shards)
         self._full_name, self._split = builder.info.full_name, split
         self._name, self._template = f"{name}/{split}", caption_template
         self._image_key, self._caption_key = image_key, caption_key

@@ -1,12 +1,15 @@
 """Files of users: what cannot be read, or written, is refused before any work is done."""
 
+import contextlib
 import errno
 import os
 import pathlib
 import stat
 import tempfile
+from collections.abc import Iterator
 
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.texts import first_line
 
 
 def check_ordinary(path: pathlib.Path, maximum: int | None = None) -> None:
@@ -36,6 +39,15 @@ def read_bytes(path: pathlib.Path, maximum: int) -> bytes:
     return path.read_bytes()
 
 
+def read_text(path: pathlib.Path, maximum: int) -> str:
+    """`read_bytes` as UTF-8 text, without the mark (BOM) that some editors begin it with.
+
+    A line ends with a line feed alone, whatever it does in the file. Raises UnicodeDecodeError too.
+    """
+    text = read_bytes(path, maximum).decode("utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def check_folder(folder: pathlib.Path, flag: str) -> None:
     """Makes a folder, and looks whether files can be written to it, before work is done for them.
 
@@ -59,3 +71,18 @@ def check_file(path: pathlib.Path, flag: str) -> None:
     check_folder(path.parent, flag)
     if path.exists() and not os.access(path, os.W_OK):
         raise UserError(f"cannot write to {flag}: the file that is there may not be changed")
+
+
+@contextlib.contextmanager
+def unusable(path: str | pathlib.Path) -> Iterator[None]:
+    """Turns whatever others' files make a reader of them raise into a UserError with the path.
+
+    They can hold anything: what is known to happen has messages of its own, this is for the rest.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"cannot use {path}: {reason:.300}") from error

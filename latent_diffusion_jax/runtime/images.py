@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PHOTOMETRIC_INTERPRETATION,
+    SAMPLEFORMAT,
+    TILELENGTH,
+    TILEWIDTH,
+)
 
 from latent_diffusion_jax.runtime import files
 from latent_diffusion_jax.runtime.errors import StorageError, UserError
@@ -17,7 +23,8 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names for what image files giv
 MAX_ASPECT = 64  # of the long side to the short one: scaled by that, it would fill the memory
 MAX_FILE = 2**30  # bytes
 MAX_PIXELS = 2**26  # 8192x8192; a file of some KiB can hold far more than the memory
-LEVELS = "those of images are of 8 or 16 bits"
+LEVELS = "those of images are whole, from 0, of 16 bits at most"
+SIGNED = 2  # as TIFFs call it
 STRIP = 2**20  # pixels that are converted together
 # Others of Pillow's run programs of other vendors, or are not for pictures like these.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -60,7 +67,7 @@ def decode(data: bytes | np.ndarray, channels: int = 3) -> Image.Image | np.ndar
             "can give 1, 3 or 4; others come as arrays: from a TFDS feature Tensor or .npy files"
         )
     if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips at 255
-        image = _eight_bits(image)
+        image = _eight_bits(image, *_grey_scale(image))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         if channels != 4:
@@ -108,6 +115,9 @@ def _open(data: bytes) -> Image.Image:
         _check_pixels(int(tags.get(TILEWIDTH, 0)), int(tags.get(TILELENGTH, 0)))
         if image.mode == "F":
             raise ValueError(f"its pixels are floats, whose range nobody knows; {LEVELS}")
+        if SIGNED in tags.get(SAMPLEFORMAT, ()):
+            raise ValueError(f"its levels are signed, whose range nobody knows; {LEVELS}")
+        _scale_transparent(image)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return image
@@ -144,21 +154,58 @@ def _check_npy_header(data: bytes) -> None:
         raise ValueError(f"it is cut short: {dtype} {list(shape)} is more than it holds")
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey levels to the nearest of 8 bits, in strips: a whole picture would take 1 GiB.
+def _scale_transparent(image: Image.Image) -> None:
+    """Makes the transparent level of a PNG, which is in the file's bits, one of Pillow's 8.
+
+    Of 16 bits of colour Pillow keeps the upper eight, by which a colour is then transparent.
+    """
+    level, tiles = image.info.get("transparency"), getattr(image, "tile", ())
+    if image.format != "PNG" or level is None or not tiles:
+        return
+    bits = tiles[0].args  # as Pillow calls what it reads
+    if bits in ("L;2", "L;4"):
+        image.info["transparency"] = level * {"L;2": 85, "L;4": 17}[bits]
+    elif bits == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in level)
+
+
+def _grey_scale(image: Image.Image) -> tuple[int, bool]:
+    """The highest level of an image of over 8 bits, and whether that is black.
 
     Raises:
-      ValueError: there are others, in an image of 32 bits.
+      ValueError: it is of 32 bits.
     """
-    found = np.empty((image.height, image.width), np.uint8)
+    tags = getattr(image, "tag_v2", None)
+    if tags is None:  # no TIFF: Pillow has scaled it to 16 bits
+        return 65535, False
+    bits = tags[BITSPERSAMPLE][0]
+    if bits > 16:
+        raise ValueError(f"its levels are of {bits} bits, whose range nobody knows; {LEVELS}")
+    return 2**bits - 1, tags.get(PHOTOMETRIC_INTERPRETATION, 0) == 0  # as Pillow for 8 bits
+
+
+def _eight_bits(image: Image.Image, white: int, inverted: bool) -> Image.Image:
+    """Grey levels to the nearest of 8 bits, in strips: a whole picture would take 1 GiB.
+
+    Args:
+      image: of mode I or I;16.
+      white: the highest level.
+      inverted: that one is black.
+
+    Returns:
+      Mode L; LA where a level is transparent.
+    """
+    transparent = image.info.get("transparency")
+    found = np.empty((image.height, image.width, 1 if transparent is None else 2), np.uint8)
     rows = max(1, STRIP // image.width)
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height)))
         levels = np.asarray(strip, np.int32)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(f"its levels are from {levels.min()} to {levels.max()}; {LEVELS}")
-        found[top : top + rows] = (levels + 128) // 257
-    return Image.fromarray(found)
+        grey = (levels * 255 + white // 2) // white
+        found[top : top + rows, :, 0] = 255 - grey if inverted else grey
+        if transparent is not None:
+            found[top : top + rows, :, 1] = np.where(levels == transparent, 0, 255)
+    return Image.fromarray(found[..., 0] if transparent is None else found)
 
 
 def _check_size(width: int, height: int) -> None:

@@ -1,5 +1,6 @@
 """Folders of images as sources: captions, splits, and what is said about broken ones."""
 
+import contextlib
 import errno
 import io
 import json
@@ -240,15 +241,63 @@ def test_links_within_the_folder_and_to_whole_folders_are_followed(make_folder, 
     for split in ("train", "test"):
         (tmp_path / "other" / split).symlink_to(folder / "big")
     assert captions(tmp_path / "other", "train") == {"train/a.png": ["one"]}
-    (folder / "linked").symlink_to(tmp_path / "other" / "train")  # a class, say
-    (folder / "big" / "back").symlink_to(folder)  # a ring, which is gone round once
+    elsewhere = make_folder({"a.png": png(9), "a.txt": "three"}, "elsewhere")
+    (folder / "linked").symlink_to(elsewhere)  # a class, say
+    (folder / "big" / "back").symlink_to(folder)  # a ring
     assert all_captions(folder) == {
-        "big/a.png": ["one"], "c.png": ["one"], "b.png": ["two"], "linked/a.png": ["one"]
+        "big/a.png": ["one"], "c.png": ["one"], "b.png": ["two"], "linked/a.png": ["three"]
     }  # fmt: skip
     (folder / "d.png").symlink_to("d.png")  # a ring
     (folder / "metadata.jsonl").write_text(table({"file_name": "d.png", "text": "one"}))
     with raises_user_error("'d.png' does not exist"):
         open_source(str(folder), "train")
+
+
+def test_a_folder_with_several_names_is_read_once(make_folder, tmp_path, monkeypatch, caplog):
+    outside = make_folder({"x/a.png": None}, "outside")
+    folder = make_folder({"m/b.png": None})
+    for name, target in {"a": "m", "z": outside, "k": outside / "x", "l": outside / "x"}.items():
+        (folder / name).symlink_to(target)
+    scandir, found = os.scandir, []
+    for order in (False, True):
+
+        @contextlib.contextmanager
+        def scan(path, order=order):
+            with scandir(path) as entries:
+                yield sorted(entries, key=lambda entry: entry.name, reverse=order)
+
+        monkeypatch.setattr(os, "scandir", scan)
+        with caplog.at_level("WARNING", logger="absl"):
+            found.append([str(path.relative_to(folder)) for path in folders._files(folder)])
+    # The real folder before links to it, else the first link; `z` is read, for what else it has.
+    assert sorted(found[0]) == sorted(found[1]) == ["k/a.png", "m/b.png"]
+    said = "3 folders in {}, a the first, are read once, under their other names"
+    assert [record.getMessage() for record in caplog.records] == [said.format(folder)] * 2
+
+
+def test_links_that_double_the_paths_at_every_level(make_folder):
+    folder = make_folder({f"{i:02d}/{name}": None for i in range(20) for name in ["x.png"]})
+    for i in range(19):
+        for name in ("left", "right"):
+            (folder / f"{i:02d}" / name).symlink_to(folder / f"{i + 1:02d}")
+    assert len(list(folders._files(folder))) == 20
+
+
+def test_folders_that_lie_too_deep(make_folder):
+    folder = make_folder({"/".join(["d"] * 100 + ["a.png"]): None, "b.png": None})
+    assert len(all_captions(folder, caption_key="")) == 2
+    make_folder({"/".join(["d"] * 150 + ["a.png"]): None})
+    with raises_user_error(f"data folder {folder} has over 100 folders one within the other: d/d"):
+        open_source(str(folder), "train", caption_key="")
+
+
+def test_names_that_are_no_text(make_folder):
+    folder = make_folder(many(3))
+    for kind in (b"png", b"txt"):
+        path = os.fsencode(folder) + b"/0000." + kind
+        os.rename(path, os.fsencode(folder) + b"/\xff1." + kind)
+    assert len(all_captions(folder)) == 3
+    assert open_source(str(folder), "train").identity
 
 
 def test_folders_that_cannot_be_read_are_not_left_out(make_folder, monkeypatch):
@@ -282,6 +331,35 @@ def test_captions_that_are_no_files_or_too_large_are_refused(make_folder, monkey
     (folder / "a.txt").write_bytes(b"a" * (2**20 + 1))
     with raises_user_error(f"{folder / 'a.txt'}: its 2 MiB are more than the 1 allowed"):
         open_source(str(folder), "train")
+
+
+def test_rows_and_captions_that_are_too_long_are_refused(make_folder, monkeypatch):
+    path = make_folder({"a.png": None}) / "metadata.jsonl"
+    path.write_text(GOOD_ROW + table({"file_name": "a.png", "text": "x" * (2**20 + 1)}))
+    with raises_user_error(f"{path}, line 2: text has more than 1048576 characters"):
+        open_source(str(path.parent), "train")
+    path.write_text(GOOD_ROW + " " * 2**24 + GOOD_ROW)
+    with raises_user_error(f"cannot read {path}: line 2 has more than 16777216 characters"):
+        open_source(str(path.parent), "train")
+
+
+def test_text_with_a_mark_of_its_order_of_bytes(make_folder):
+    """Windows' editors begin files of UTF-8 with one."""
+    folder = make_folder({"a.png": None, "a.txt": "\ufeffzwölf\r\nEnten\r\n"})
+    assert captions(folder, "test") == {"a.png": ["zwölf\nEnten"]}
+    make_folder({"metadata.jsonl": "\ufeff" + GOOD_ROW})
+    assert captions(folder, "test") == {"a.png": ["one"]}
+
+
+def test_an_image_in_several_rows_has_all_their_captions(make_folder):
+    rows = [("a.png", "one"), ("x/b.png", "two"), ("./a.png", ["three", "four"]), ("x//b.png", "5")]
+    rows = [{"file_name": name, "text": text} for name, text in rows]
+    folder = make_folder({"a.png": None, "x/b.png": None, "metadata.jsonl": table(*rows)})
+    make_folder({"x/metadata.jsonl": table({"file_name": "b.png", "text": "six"})})
+    assert all_captions(folder) == {
+        "a.png": ["one", "three", "four"],
+        "x/b.png": ["two", "5", "six"],
+    }
 
 
 def test_image_without_caption(make_folder):

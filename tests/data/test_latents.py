@@ -1,6 +1,7 @@
 """Folders of latents: records there and back, what is refused, which view an example takes."""
 
 import json
+import os
 import pickle
 import shutil
 import threading
@@ -143,7 +144,13 @@ def test_what_is_no_finished_folder_is_refused(tmp_path):
     check_refused(folder, r"latents\.json is damaged")
     (folder / "latents.json").write_text("[" * 100_000)
     check_refused(folder, r"latents\.json is damaged")
+    (folder / "latents.json").unlink()
+    os.mkfifo(folder / "latents.json")  # of which reading would wait for ever
+    check_refused(folder, r"latents\.json is damaged: it is no ordinary file")
     folder = write_folder(tmp_path / "e")
+    (folder / "test-00001-of-00002.array_record").unlink()
+    os.mkfifo(folder / "test-00001-of-00002.array_record")
+    check_refused(folder, r"test-00001.* are damaged \(it is no ordinary file\)", "test")
     (folder / "test-00001-of-00002.array_record").unlink()
     check_refused(folder, "lack 1 of 2 files of 'test', the first is test-00001", "test")
     assert len(latents.LatentSource(folder, "train")) == 5

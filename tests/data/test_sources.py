@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pathlib
 import re
 import resource
@@ -205,6 +206,112 @@ def test_unknown_dataset_names_what_is_there(data_dir):
 def test_unknown_dataset_where_nothing_is_there(tmp_path):
     with raises_user_error("'imagenet2012'", str(tmp_path), "none"):
         open_source("imagenet2012", "train", data_dir=str(tmp_path))
+
+
+EVIL = "import pathlib; pathlib.Path({!r}).touch()"
+
+
+@pytest.fixture
+def evil(tmp_path, monkeypatch) -> pathlib.Path:
+    """A file that is there where what lies in the working directory was imported."""
+    ran = tmp_path / "ran"
+    for module in ("evil.py", "data/ds/evil.py"):
+        path = tmp_path / "cwd" / module
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(EVIL.format(str(ran)))
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.syspath_prepend("")  # as `python -m` has it
+    return ran
+
+
+def of_class(name: str) -> dict:
+    return {"pythonClassName": name, "jsonFeature": {"json": "{}"}}
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [
+        of_class("data.ds.evil.X"),
+        of_class("evil.X"),
+        {"python_class_name": "evil.X", "jsonFeature": {"json": "{}"}},  # as protobuf reads too
+        {"type": "evil.X", "content": {}},
+        {"pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+         "jsonFeature": {"json": json.dumps({"x": {"type": "evil.X", "content": {}}})}},
+    ],
+    ids=["nested folders", "module", "other spelling", "older", "JSON within JSON"],
+)  # fmt: skip
+@pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
+def test_no_code_is_imported_for_what_a_dataset_says(copied_dir, evil, file, feature):
+    path = copied_dir / "tiny_captioned" / "1.0.0" / file
+    whole = json.loads(path.read_text())
+    if file == "features.json":
+        whole["featuresDict"]["features"]["more"] = feature
+    else:
+        whole["features"] = feature
+    path.write_text(json.dumps(whole))
+    with raises_user_error(str(path), "evil.X", "not one of tensorflow_datasets.core.features."):
+        open_copied(copied_dir)
+    assert not evil.exists()
+
+
+@pytest.mark.parametrize("name", ["evil", "data.ds.evil", "data/ds/evil", "evil:1.0.0"])
+def test_no_code_is_imported_for_a_name(data_dir, evil, name):
+    with raises_user_error("neither a folder nor a TFDS dataset"):
+        open_source(name, "train", data_dir=data_dir)
+    assert not evil.exists()
+
+
+def test_what_tfds_writes_is_of_classes_that_are_known():
+    found = list(tfds.features.FeatureConnector._registered_features)
+    assert [name for name in found if name.startswith("tensorflow_datasets.core.")]
+    for name in found:
+        if name.startswith("tensorflow_datasets.") and "testing" not in name:
+            assert name.startswith("tensorflow_datasets.core.features."), name
+
+
+@pytest.mark.parametrize(
+    ("file", "contents"),
+    [
+        ("dataset_info.json", b"{"),
+        ("dataset_info.json", b"[]"),
+        ("dataset_info.json", b"\xff"),
+        ("dataset_info.json", b"{}"),
+        ("dataset_info.json", b"[" * 100_000),
+        ("dataset_info.json", b'{"version": 3}'),
+        ("dataset_info.json", None),
+        ("features.json", b""),
+        ("features.json", b"[]"),
+        ("features.json", b"3"),
+        ("features.json", json.dumps(of_class("tensorflow_datasets.core.features.no.X")).encode()),
+        ("features.json",
+         json.dumps(of_class("tensorflow_datasets.core.features.text_feature.Text")).encode()),
+        ("features.json", None),
+    ],
+)  # fmt: skip
+def test_damaged_info_files_are_named(copied_dir, file, contents):
+    path = copied_dir / "tiny_captioned" / "1.0.0" / file
+    path.unlink()
+    if contents is None:
+        os.mkfifo(path)  # of which reading would wait for ever
+    else:
+        path.write_bytes(contents)
+    with raises_user_error(f"cannot use {path}: "):
+        open_copied(copied_dir)
+
+
+def test_a_missing_info_file_is_named(copied_dir):
+    path = copied_dir / "tiny_captioned" / "1.0.0" / "features.json"
+    path.unlink()
+    with raises_user_error(f"cannot read {path}: No such file or directory"):
+        open_copied(copied_dir)
+
+
+def test_damaged_info_of_bundled_data_is_named(digits_dir, tmp_path):
+    shutil.copytree(digits_dir / "handwritten_digits", tmp_path / "handwritten_digits")
+    path = tmp_path / "handwritten_digits" / "1.0.0" / "dataset_info.json"
+    path.write_text("{")
+    with raises_user_error(f"cannot use {path}: "):
+        open_source("handwritten_digits", "train", data_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize("wrong", ["image_key", "caption_key"])

@@ -25,3 +25,15 @@ def test_what_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)  # as it is for others than root
     with pytest.raises(UserError, match="--out=file: the file that is there may not be changed"):
         files.check_file(tmp_path / "file", "--out=file")
+
+
+def test_texts_are_read_without_marks_and_carriage_returns(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffä\r\nb\rc\n\ufeff".encode())
+    assert files.read_text(path, 20) == "ä\nb\nc\n\ufeff"
+    path.write_bytes(b"\xff")
+    with pytest.raises(UnicodeDecodeError):
+        files.read_text(path, 20)
+    path.write_bytes(b"a" * 21)
+    with pytest.raises(ValueError, match="its 1 MiB are more than the 0 allowed"):
+        files.read_text(path, 20)

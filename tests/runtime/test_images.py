@@ -210,22 +210,103 @@ def test_strips_of_16_bits_are_the_whole(monkeypatch):
     monkeypatch.setattr(images, "STRIP", 1000)  # seven rows of 128
     for data in (encode(Image.fromarray(levels)), encode(Image.fromarray(levels), "TIFF")):
         np.testing.assert_array_equal(np.asarray(images.decode(data, 1)), expected)
-    wide = encode(Image.fromarray(levels.astype(np.int32)), "TIFF")
-    np.testing.assert_array_equal(np.asarray(images.decode(wide, 1)), expected)
+
+
+def tiff(levels, bits, kind="<u2", *, format=1, photometric=1, deflate=False) -> bytes:
+    """A grey TIFF of one strip; of twelve bits, two levels in three bytes."""
+    height, width = np.shape(levels)
+    data = np.asarray(levels).astype(kind).tobytes()
+    if bits == 12:
+        data = bytes.fromhex("".join(f"{level:03x}" for level in np.ravel(levels)))
+    data = zlib.compress(data) if deflate else data
+    tags = [
+        (256, width), (257, height), (258, bits), (259, 8 if deflate else 1), (262, photometric),
+        (273, 8), (277, 1), (278, height), (279, len(data)), (339, format),
+    ]  # fmt: skip
+    order = ">" if kind[0] == ">" else "<"
+    listed = b"".join(struct.pack(order + "HHII", tag, 4, 1, value) for tag, value in tags)
+    mark = b"MM" if order == ">" else b"II"
+    header = mark + struct.pack(order + "HI", 42, 8 + len(data))
+    return header + data + struct.pack(order + "H", len(tags)) + listed + bytes(4)
+
+
+@pytest.mark.parametrize("deflate", [False, True], ids=["plain", "deflate"])
+@pytest.mark.parametrize(
+    ("levels", "options", "expected"),
+    [
+        ([0, 2048, 4088, 4095], {"bits": 12}, [0, 128, 255, 255]),
+        ([0, 128, 129, 65535], {"bits": 16}, [0, 0, 1, 255]),
+        ([0, 128, 129, 65535], {"bits": 16, "kind": ">u2"}, [0, 0, 1, 255]),
+        ([0, 128, 129, 65535], {"bits": 16, "photometric": 0}, [255, 255, 254, 0]),
+        ([0, 1, 128, 255], {"bits": 8, "kind": "u1", "photometric": 0}, [255, 254, 127, 0]),
+    ],
+)
+def test_white_is_white_in_tiffs_of_any_bits(levels, options, expected, deflate):
+    found = images.decode(tiff([levels], **options, deflate=deflate), 1)
+    assert found.mode == "L" and np.asarray(found).tolist() == [expected]
 
 
 @pytest.mark.parametrize(
-    ("levels", "said"),
+    ("options", "said"),
     [
-        (np.array([[-5, 0, 9]], np.int32), "from -5 to 9; those of images are of 8 or 16 bits"),
-        (np.array([[0, 70000]], np.int32), "from 0 to 70000"),
-        (np.linspace(0.0, 1.0, 9, dtype=np.float32)[None], "floats, whose range nobody knows"),
+        ({"bits": 8, "kind": "i1", "format": 2}, "its levels are signed"),
+        ({"bits": 16, "kind": "<i2", "format": 2}, "its levels are signed"),
+        ({"bits": 16, "kind": ">i2", "format": 2}, "its levels are signed"),
+        ({"bits": 32, "kind": "<i4", "format": 2}, "its levels are signed"),
+        ({"bits": 32, "kind": "<u4"}, "its levels are of 32 bits"),
+        ({"bits": 32, "kind": "<f4", "format": 3}, "its pixels are floats"),
     ],
 )
-def test_levels_that_would_be_cut_off_are_refused(levels, said):
+def test_levels_of_unknown_range_are_refused(options, said):
     """They would be a black picture, or a white one."""
+    said += ", whose range nobody knows; those of images are whole, from 0, of 16 bits at most"
     with pytest.raises(ValueError, match=said):
-        images.decode(encode(Image.fromarray(levels), "TIFF"))
+        images.decode(tiff([[0, 1, 7, 100]], **options))
+
+
+@pytest.mark.parametrize("text", [True, False])
+@pytest.mark.parametrize(("maximum", "middle"), [(65535, 32768), (4095, 2048), (255, 128)])
+def test_pgm_of_any_bits(maximum, middle, text):
+    levels = [0, middle, maximum]
+    data = np.array(levels, ">u2" if maximum > 255 else "u1").tobytes()
+    if text:
+        data = " ".join(map(str, levels)).encode()
+    found = images.decode(b"P%d 3 1 %d\n" % (2 if text else 5, maximum) + data, 1)
+    assert np.asarray(found).tolist() == [[0, 128, 255]]
+
+
+def png(bits, kind, width, rows, transparent) -> bytes:
+    def chunk(name, data):
+        return (
+            struct.pack(">I", len(data)) + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+        )
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, kind, 0, 0, 0))
+    levels = struct.pack(f">{len(transparent)}H", *transparent)
+    data = zlib.compress(b"\0" + rows)
+    return (
+        b"\x89PNG\r\n\x1a\n" + header + chunk(b"tRNS", levels) + chunk(b"IDAT", data)
+        + chunk(b"IEND", b"")
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (png(2, 0, 4, b"\x1b", [1]), [[0, 255], [85, 0], [170, 255], [255, 255]]),
+        (png(4, 0, 4, b"\x01\x5f", [5]), [[0, 255], [17, 255], [85, 0], [255, 255]]),
+        (png(8, 0, 2, b"\x05\x06", [5]), [[5, 0], [6, 255]]),
+        (png(16, 0, 3, b"\x05\x05\x05\x06\xff\xff", [0x0505]), [[5, 0], [5, 255], [255, 255]]),
+        (png(8, 2, 2, b"\x05\x05\x05\x06\x06\x06", [5] * 3), [[5, 0], [6, 255]]),
+        (png(16, 2, 2, b"\x12\x34" * 3 + b"\x34\x12" * 3, [0x1234] * 3), [[18, 0], [52, 255]]),
+    ],
+    ids=["2 bits", "4 bits", "8 bits", "16 bits", "colour of 8", "colour of 16"],
+)
+def test_a_transparent_level_of_any_bits(data, expected):
+    found = np.asarray(images.decode(data, 4))
+    assert found[0, :, [0, 3]].T.tolist() == expected
+    white = np.asarray(images.decode(data, 1))[0].tolist()
+    assert white == [level if alpha else 255 for level, alpha in expected]
 
 
 def tiled_tiff(side, tile):
