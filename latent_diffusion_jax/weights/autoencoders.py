@@ -12,8 +12,7 @@ from jax.typing import DTypeLike
 
 from latent_diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.runtime.trees import flatten_names
-from latent_diffusion_jax.weights import compvis, diffusers, files, folders, mapping
+from latent_diffusion_jax.weights import compvis, diffusers, files, folders, mapping, shapes
 
 NETWORKS = {"kl": AutoencoderKL, "vq": AutoencoderVQ}
 SUBFOLDERS = ("vae", "vqvae")  # of a pipeline's folder
@@ -164,9 +163,14 @@ def from_compvis(
     kind, fields = compvis.infer(network, num_groups, where)
     params = _to_ours(compvis.TABLE, network, kind, fields, where, dtype)
     factor = tensors.get("scale_factor")
-    if factor is not None and factor.size != 1:
-        raise UserError(f"{where} has a scale_factor of shape {factor.shape}, expected ()")
-    return Loaded(kind, fields, params, None if factor is None else float(factor.item()))
+    if factor is None:
+        return Loaded(kind, fields, params, None)
+    if factor.size != 1 or jnp.issubdtype(factor.dtype, jnp.complexfloating):
+        raise UserError(
+            f"{where} has a scale_factor of shape {factor.shape} and {factor.dtype}; it must be "
+            f"one real number"
+        )
+    return Loaded(kind, fields, params, diffusers.checked_scale(float(factor.item()), where))
 
 
 def _to_ours(
@@ -177,8 +181,9 @@ def _to_ours(
     where: str,
     dtype: DTypeLike,
 ) -> Any:
-    table, shapes = mapping.expand(rows, _bindings(fields)), _shapes(kind, fields, where)
-    return mapping.to_ours(table, tensors, shapes, where, dtype)
+    wanted = _shapes(kind, fields, len(tensors), where)
+    table = mapping.expand(rows, _bindings(fields))
+    return mapping.to_ours(table, tensors, wanted, where, dtype)
 
 
 def _bindings(fields: Mapping[str, Any]) -> list[dict[str, int]]:
@@ -191,9 +196,13 @@ def _bindings(fields: Mapping[str, Any]) -> list[dict[str, int]]:
     ]
 
 
-def _shapes(kind: str, fields: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of a network's parameters by slash-joined name; nothing is computed."""
+def _shapes(
+    kind: str, fields: Mapping[str, Any], tensors: int, where: str
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of a network's parameters by slash-joined name, if its file may have so many."""
     channels, groups = fields["channels"], fields["num_groups"]
+    blocks = len(fields["channel_multipliers"]) * fields["num_res_blocks"]
+    shapes.check_network(fields, blocks, tensors, where)
     for width in {channels, *(channels * m for m in fields["channel_multipliers"])}:
         if groups < 1 or width % groups:
             raise UserError(
@@ -202,6 +211,5 @@ def _shapes(kind: str, fields: Mapping[str, Any], where: str) -> dict[str, tuple
             )
     network = NETWORKS[kind](**fields)
     factor = network.downsampling_factor
-    images = jnp.zeros((1, factor, factor, fields["image_channels"]))
-    shapes = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
-    return {name: leaf.shape for name, leaf in flatten_names(shapes).items()}
+    images = jax.ShapeDtypeStruct((1, factor, factor, fields["image_channels"]), jnp.float32)
+    return shapes.of(network, f"the first stage of {where}", images)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.weights import mapping
 from latent_diffusion_jax.weights.text_encoders import Loaded
 
 NAME = "cond_stage_model.embedding.weight"
@@ -23,8 +24,10 @@ def from_compvis(tensors: Mapping[str, np.ndarray], where: str) -> Loaded:
     table = tensors[NAME]
     if table.ndim != 2:
         raise UserError(f"{where}: {NAME} has the shape {table.shape}, expected [classes, width]")
-    fields = dict(num_classes=table.shape[0], width=table.shape[1])
-    return Loaded(fields, {"label_embed": {"embedding": np.asarray(table, np.float32)}})
+    leaf = "label_embed/embedding"
+    params = mapping.to_ours({leaf: mapping.Leaf(NAME, "same")}, {NAME: table},
+                             {leaf: table.shape}, where)  # fmt: skip
+    return Loaded(dict(num_classes=table.shape[0], width=table.shape[1]), params)
 
 
 def to_compvis(params: Any) -> dict[str, np.ndarray]:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from latent_diffusion_jax.weights.shapes import NUMBER
+
 # Begins transformers' names, but for those that some releases of its version 5 wrote.
 HF_MODEL = "text_model."
 # Beside the network: constants, and what compares texts with images.
@@ -37,7 +39,7 @@ OPENCLIP_TABLE = (
     ("layer_{layer}_ff_out", "transformer.resblocks.{layer}.mlp.c_proj", "dense"),
     ("norm_out", "ln_final", "norm"),
 )
-_LAYER = re.compile(r"(?:encoder\.layers|transformer\.resblocks)\.(\d+)\.")
+_LAYER = re.compile(rf"(?:encoder\.layers|transformer\.resblocks)\.{NUMBER}\.")
 
 
 def network(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

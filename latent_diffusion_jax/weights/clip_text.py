@@ -12,8 +12,9 @@ from jax.typing import DTypeLike
 
 from latent_diffusion_jax.models.clip_text import ACTIVATIONS, ClipTextEncoder
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.weights import clip_names, files, folders, mapping
+from latent_diffusion_jax.weights import clip_names, files, folders, mapping, shapes
 from latent_diffusion_jax.weights.clip_names import HF_MODEL, HF_TABLE, OPENCLIP_TABLE
+from latent_diffusion_jax.weights.messages import shown
 from latent_diffusion_jax.weights.text_encoders import Loaded, to_ours
 
 MODEL_TYPE, ARCHITECTURE = "clip_text_model", "CLIPTextModel"
@@ -152,17 +153,18 @@ def read_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     if config.get("model_type") != MODEL_TYPE:
         raise UserError(
-            f"{where} has model_type {config.get('model_type')!r}; CLIP's text encoders have "
+            f"{where} has model_type {shown(config.get('model_type'))}; CLIP's text encoders have "
             f"{MODEL_TYPE!r}"
         )
     full = DEFAULTS | {key: value for key, value in config.items() if value is not None}
-    if full["hidden_act"] not in ACTIVATIONS:
+    if full["hidden_act"] not in list(ACTIVATIONS):
         raise UserError(
-            f"{where} has hidden_act {full['hidden_act']!r}; known are {', '.join(ACTIVATIONS)}"
+            f"{where} has hidden_act {shown(full['hidden_act'])}; known are "
+            f"{', '.join(ACTIVATIONS)}"
         )
     if full["layer_norm_eps"] != DEFAULTS["layer_norm_eps"]:
         raise UserError(
-            f"{where} has layer_norm_eps {full['layer_norm_eps']!r}, this network has 1e-05"
+            f"{where} has layer_norm_eps {shown(full['layer_norm_eps'])}, this network has 1e-05"
         )
     sizes = {
         key: folders.positive_integer(full, key, where)
@@ -269,5 +271,6 @@ def _to_ours(
     where: str,
     dtype: DTypeLike,
 ) -> Any:
+    shapes.check_network(fields, _layers_run(fields), len(tensors), where)
     network = ClipTextEncoder(**fields)
     return to_ours(network, _table(rows, fields), tensors, fields["max_length"], where, dtype)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.weights.messages import shown
+from latent_diffusion_jax.weights.shapes import MAX_LEVELS, NUMBER
 
 PREFIX = "first_stage_model."  # in the checkpoint of a whole diffusion model
 # In such a checkpoint beside the first stage, and too large to be read for nothing.
@@ -78,7 +80,7 @@ def first_stage(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, np.n
             f"config.json"
         )
     if not any(name.startswith(("encoder.", "decoder.")) for name in found):
-        names = ", ".join(repr(name) for name in list(tensors)[:3])
+        names = ", ".join(shown(name) for name in list(tensors)[:3])
         raise UserError(
             f"{where} holds no first stage: no tensor is named encoder.* or {PREFIX}encoder.*"
             + (f", the first are {names}" if names else "")
@@ -100,13 +102,18 @@ def infer(
             f"{where} does not tell the size of its first stage: the 4-d tensors "
             f"{', '.join(lacking)} are missing"
         )
-    down, up = r"encoder\.down\.(\d+)\.", r"decoder\.up\.(\d+)\."
+    check_not_empty(tensors, needed, where)
+    down, up = rf"encoder\.down\.{NUMBER}\.", rf"decoder\.up\.{NUMBER}\."
     levels = 1 + max((*_numbers(tensors, down), *_numbers(tensors, up)), default=0)
+    if levels > MAX_LEVELS:
+        raise UserError(
+            f"{where} has a first stage of {levels} levels; at most {MAX_LEVELS} can be"
+        )
     blocks = max(
         (
             1,
-            *(1 + n for n in _numbers(tensors, r"encoder\.down\.\d+\.block\.(\d+)\.")),
-            *_numbers(tensors, r"decoder\.up\.\d+\.block\.(\d+)\."),
+            *(1 + n for n in _numbers(tensors, rf"encoder\.down\.\d+\.block\.{NUMBER}\.")),
+            *_numbers(tensors, rf"decoder\.up\.\d+\.block\.{NUMBER}\."),
         )
     )
     channels, image_channels = tensors[needed[0]].shape[:2]
@@ -129,6 +136,13 @@ def infer(
     if codebook is None or codebook.ndim != 2:
         raise UserError(f"{where} has no codebook quantize.embedding.weight [codes, channels]")
     return "vq", fields | {"codebook_size": codebook.shape[0]}
+
+
+def check_not_empty(tensors: Mapping[str, np.ndarray], names: Iterable[str], where: str) -> None:
+    """Raises UserError where one of the tensors that tell a network's size has no numbers."""
+    for name in names:
+        if not tensors[name].size:
+            raise UserError(f"{where} has {name} of shape {tensors[name].shape}, which is empty")
 
 
 def _numbers(names: Iterable[str], pattern: str) -> set[int]:

@@ -1,6 +1,7 @@
 """First stages in the folders of diffusers: `AutoencoderKL` and `VQModel`."""
 
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -132,17 +133,60 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, A
         channel_multipliers=tuple(width // widths[0] for width in widths),
         num_res_blocks=positive_integer(full, "layers_per_block", where),
         attention_levels=tuple(level for level, attends in enumerate(attention) if attends),
-        mid_attention=bool(full["mid_block_add_attention"]),
+        mid_attention=boolean(full, "mid_block_add_attention", True, where),
         num_groups=positive_integer(full, "norm_num_groups", where),
     )
     if kind == "vq":
         fields["codebook_size"] = positive_integer(full, "num_vq_embeddings", where)
         if full["vq_embed_dim"] is not None:
             fields["embed_dim"] = positive_integer(full, "vq_embed_dim", where)
-    factor = full["scaling_factor"]
-    if isinstance(factor, bool) or not isinstance(factor, int | float):
-        raise UserError(f"{where} has scaling_factor {factor!r}, which is no number")
-    return kind, fields, float(factor)
+    return kind, fields, checked_scale(full["scaling_factor"], where)
+
+
+def checked_scale(factor: Any, where: str) -> float:
+    """A scaling factor of latents, which are multiplied by it and divided, in float32.
+
+    Raises:
+      UserError: it is no number that this can be done with.
+    """
+    range_of = np.finfo(np.float32)
+    if not _is_number(factor) or not float(range_of.tiny) <= factor <= float(range_of.max):
+        raise UserError(
+            f"{where} has scaling_factor {factor!r:.60}; it must be a finite number above 0"
+        )
+    return float(factor)
+
+
+def number(config: Mapping[str, Any], key: str, default: float, where: str) -> float:
+    """A config's entry that must be a finite number; else a UserError that names it."""
+    value = config.get(key, default)
+    if not _is_number(value) or not abs(value) <= sys.float_info.max:
+        raise UserError(f"{where} has {key} {value!r:.60}; it must be a finite number")
+    return float(value)
+
+
+def integer(
+    config: Mapping[str, Any], key: str, default: int, where: str, least: int, most: int
+) -> int:
+    """A config's entry that must be an integer in a range; else a UserError that names it."""
+    value = config.get(key, default)
+    if type(value) is not int or not least <= value <= most:
+        raise UserError(
+            f"{where} has {key} {value!r:.60}; it must be an integer of {least} to {most}"
+        )
+    return value
+
+
+def boolean(config: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
+    """A config's entry that must be true, false or, which is as false in diffusers, null."""
+    value = config.get(key, default)
+    if not isinstance(value, bool | None):
+        raise UserError(f"{where} has {key} {value!r:.60}; it must be true or false")
+    return bool(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def make_config(

@@ -17,6 +17,7 @@ from latent_diffusion_jax.runtime.errors import StorageError, UserError
 from latent_diffusion_jax.runtime.files import check_ordinary
 from latent_diffusion_jax.runtime.texts import first_line
 from latent_diffusion_jax.weights import torch_files
+from latent_diffusion_jax.weights.messages import in_short
 from latent_diffusion_jax.weights.torch_pickles import FormatError
 
 DTYPES = {
@@ -74,10 +75,10 @@ def read(
     except OSError as error:
         raise UserError(f"cannot read {what} {path}: {error.strerror or error}") from error
     except FormatError as error:
-        raise UserError(f"cannot read {what} {path}: {error}") from error
+        raise UserError(f"cannot read {what} {path}: {in_short(str(error))}") from error
     except Exception as error:  # a damaged pickle raises anything
         raise UserError(
-            f"cannot read {what} {path}: it is damaged or cut short ({first_line(error)})"
+            f"cannot read {what} {path}: it is damaged or cut short ({in_short(first_line(error))})"
         ) from error
     return tensors
 
@@ -182,7 +183,7 @@ def read_metadata(path: str | pathlib.Path) -> dict[str, str]:
     except OSError as error:
         raise UserError(f"cannot read weights {path}: {error.strerror or error}") from error
     except FormatError as error:
-        raise UserError(f"cannot read weights {path}: {error}") from error
+        raise UserError(f"cannot read weights {path}: {in_short(str(error))}") from error
 
 
 def write(

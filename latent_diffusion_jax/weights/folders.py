@@ -9,9 +9,11 @@ import numpy as np
 
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.files import check_ordinary
-from latent_diffusion_jax.weights import files
+from latent_diffusion_jax.weights import files, shapes
+from latent_diffusion_jax.weights.messages import shown
 
 CONFIG_FILE = "config.json"
+MAX_ENTRY = 5_000  # characters of an entry of a config.json that is a text or a list
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"  # the one that is written
 DIFFUSERS_FILES = (
     DIFFUSERS_FILE,
@@ -40,9 +42,15 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """What a folder's config.json says.
 
     Raises:
-      UserError: it is missing or damaged.
+      UserError: it is missing or damaged, or an entry is far too long to be shown in a message.
     """
-    return read_json(folder / CONFIG_FILE)
+    config = read_json(folder / CONFIG_FILE)
+    for key, value in config.items():
+        if isinstance(value, str | list) and len(json.dumps(value)) > MAX_ENTRY:
+            raise UserError(
+                f"{folder / CONFIG_FILE} has over {MAX_ENTRY} characters for {shown(key)}"
+            )
+    return config
 
 
 def write_config(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -93,27 +101,28 @@ def positive_integer(config: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def positive_integers(config: Mapping[str, Any], key: str, where: str) -> list[int]:
-    """A config's entry that must be a list of positive integers, at least one."""
+    """A config's entry that must be a list of positive integers, at least one; see `shapes`."""
     values = config[key]
     if (
         not isinstance(values, list | tuple)
         or not values
         or not all(type(value) is int and value > 0 for value in values)
     ):
-        raise UserError(f"{where} has {key} {values!r}; it must be of positive integers")
+        raise UserError(f"{where} has {key} {shown(values)}; it must be of positive integers")
+    shapes.check_size(key, values, where)
     return list(values)
 
 
 def _read_parts(index: pathlib.Path) -> dict[str, np.ndarray]:
     """Tensors of the files that an index names; they lie beside it."""
     places = read_json(index).get("weight_map")
-    names = set(places.values()) if isinstance(places, dict) else set()
+    names = list(places.values()) if isinstance(places, dict) else []
     if not names or not all(
-        isinstance(name, str) and pathlib.PurePath(name).name == name for name in names
+        isinstance(name, str) and name and pathlib.PurePath(name).name == name for name in names
     ):
         raise UserError(f"{index} has no weight_map from tensors to files beside it")
     tensors: dict[str, np.ndarray] = {}
-    for name in sorted(names):
+    for name in sorted(set(names)):
         tensors |= files.read(index.parent / name)
     return tensors
 

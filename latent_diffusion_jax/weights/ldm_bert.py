@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 
 from latent_diffusion_jax.models.text_transformer import TextTransformer
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.weights import files, folders, mapping
+from latent_diffusion_jax.weights import files, folders, mapping, shapes
+from latent_diffusion_jax.weights.messages import shown
 from latent_diffusion_jax.weights.text_encoders import Loaded, to_ours
 
 MODEL_TYPE, ARCHITECTURE = "ldmbert", "LDMBertModel"
@@ -144,12 +145,12 @@ def read_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     if config.get("model_type") != MODEL_TYPE:
         raise UserError(
-            f"{where} has model_type {config.get('model_type')!r}; {ARCHITECTURE} has "
+            f"{where} has model_type {shown(config.get('model_type'))}; {ARCHITECTURE} has "
             f"{MODEL_TYPE!r}"
         )
     for key, value in FIXED.items():
         if config.get(key) not in (None, value):
-            raise UserError(f"{where} has {key} {config[key]!r}, this network has {value!r}")
+            raise UserError(f"{where} has {key} {shown(config[key])}, this network has {value!r}")
     full = DEFAULTS | {key: value for key, value in config.items() if value is not None}
     sizes = {key: folders.positive_integer(full, key, where) for key in DEFAULTS}
     if sizes["encoder_ffn_dim"] != 4 * sizes["d_model"]:
@@ -201,13 +202,13 @@ def _infer(tensors: Mapping[str, np.ndarray], num_heads: int, where: str) -> dic
             f"{', '.join(PREFIX + name for name in lacking)} are missing"
         )
     (vocab_size, width), (max_length, _), (inner, _) = (tensors[name].shape for name in needed)
-    if inner % num_heads:
+    if num_heads < 1 or inner % num_heads:
         raise UserError(f"{where} has attention of width {inner}, which {num_heads} heads do not "
                         f"divide; give the num_heads that it was trained with")  # fmt: skip
     layers = [
         int(match[1])
         for name in tensors
-        if (match := re.match(r"attn_layers\.layers\.(\d+)", name))
+        if (match := re.match(rf"attn_layers\.layers\.{shapes.NUMBER}\.", name))
     ]
     return dict(
         vocab_size=vocab_size,
@@ -236,6 +237,7 @@ def _to_ours(
     where: str,
     dtype: DTypeLike,
 ) -> Any:
+    shapes.check_network(fields, fields["depth"], len(tensors), where)
     network = TextTransformer(**fields)
     used = {name: x for name, x in tensors.items() if not name.startswith(LOGITS + ".")}
     return to_ours(network, _table(rows, fields), used, fields["max_length"], where, dtype)

@@ -16,8 +16,10 @@ from jax.typing import DTypeLike
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.trees import flatten_names
 from latent_diffusion_jax.weights import files
+from latent_diffusion_jax.weights.messages import shown
 
 SHOWN = 20  # tensors that an error names of each sort
+CHECKED = 1 << 18  # numbers at once, which stay in a processor's cache
 ALIGNMENT = 64  # bytes; where an array begins that JAX takes on CPUs as it is, without a copy
 
 
@@ -84,8 +86,18 @@ def _to_ours(x: np.ndarray, layout: str, shape: tuple[int, ...], dtype: DTypeLik
     buffer = np.empty(x.size * dtype.itemsize + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT
     copy = buffer[start : start + x.size * dtype.itemsize].view(dtype).reshape(x.shape)
-    copy[...] = x
+    with np.errstate(over="ignore", invalid="ignore"):  # `all_finite` tells
+        copy[...] = x
     return copy.reshape(shape)
+
+
+def all_finite(x: np.ndarray) -> bool:
+    """Whether all numbers are finite; takes no memory to speak of, and no more time than a copy."""
+    numbers = x.reshape(-1)
+    return all(
+        np.isfinite(numbers[start : start + CHECKED]).all()
+        for start in range(0, numbers.size, CHECKED)
+    )
 
 
 def expand(rows: Iterable[Row], bindings: Sequence[Mapping[str, int]] = ({},)) -> Table:
@@ -129,7 +141,8 @@ def to_ours(
       dtype: of our parameters.
 
     Raises:
-      UserError: tensors are missing, too many, misshapen or not of floating point; all are named.
+      UserError: tensors are missing, too many, misshapen, or not finite and of floating point; all
+        are named.
     """
     missing, misshapen = [], []
     known = set()
@@ -138,17 +151,19 @@ def to_ours(
         known.add(theirs)
         expected = TO_THEIRS[layout](np.broadcast_to(np.float32(0), shape)).shape
         if theirs not in tensors:
-            missing.append(f"{theirs!r} {expected}")
+            missing.append(f"{shown(theirs)} {expected}")
             continue
         tensor = tensors[theirs]
         shapes = {expected}
         if "dense" in layout:
             shapes |= {expected[:2], (*expected[:2], 1, 1)}
         if tensor.shape not in shapes:
-            misshapen.append(f"{theirs!r} {tensor.shape}, expected {expected}")
+            misshapen.append(f"{shown(theirs)} {tensor.shape}, expected {expected}")
         elif not jnp.issubdtype(tensor.dtype, jnp.floating):
-            misshapen.append(f"{theirs!r} of {tensor.dtype}, expected floating point")
-    extra = [f"{name!r} {tensor.shape}" for name, tensor in tensors.items() if name not in known]
+            misshapen.append(f"{shown(theirs)} of {tensor.dtype}, expected floating point")
+    extra = [
+        f"{shown(name)} {tensor.shape}" for name, tensor in tensors.items() if name not in known
+    ]
     problems = [
         f"{len(found)} {sort}: {_listed(found)}"
         for sort, found in (("missing", missing), ("misshapen", misshapen), ("extra", extra))
@@ -156,11 +171,18 @@ def to_ours(
     ]
     if problems:
         raise UserError(f"the tensors of {where} do not fit the network; {'; '.join(problems)}")
-    params = {}
+    params, broken = {}, []
     for name, shape in wanted_shapes.items():
         theirs, layout = table[name]
         params[name] = _to_ours(tensors[theirs], layout, shape, dtype)
+        if not all_finite(params[name]):
+            broken.append(shown(theirs))
         files.release(tensors[theirs])
+    if broken:
+        raise UserError(
+            f"{where} has tensors with NaN, infinity or what {np.dtype(dtype)} cannot hold: it is "
+            f"damaged, or its training diverged; {len(broken)} of them: {_listed(broken)}"
+        )
     return _nested(params)
 
 

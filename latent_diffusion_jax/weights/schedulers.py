@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from latent_diffusion_jax.diffusion.noise_levels import SPACINGS
 from latent_diffusion_jax.diffusion.schedules import (
+    MAX_TIMESTEPS,
     NoiseSchedule,
     make_schedule,
     rescaled_to_zero_terminal_snr,
 )
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
-from latent_diffusion_jax.weights.diffusers import VERSION
+from latent_diffusion_jax.weights.diffusers import VERSION, boolean, integer, number
 
 BETA_SCHEDULES = {
     "linear": "linear",
@@ -97,27 +99,34 @@ def _read_config(config: Mapping[str, Any], where: str) -> Loaded:
     # diffusers forgets these where another class takes over a config.
     config = {key: x for key, x in config.items() if key not in config.get(ASSUMED, ())}
     for key in ("thresholding", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas"):
-        if config.get(key):
+        if boolean(config, key, False, where):
             raise UserError(f"{where} has {key}, which is not supported; set it to false")
     start, end, shape = BETA_DEFAULTS.get(name, USUAL_BETAS)
     prediction = _known(config, "prediction_type", "epsilon", PREDICTION_TYPES, where)
     betas = config.get("trained_betas")
     if betas is not None:
+        if not isinstance(betas, list) or not all(type(beta) in (int, float) for beta in betas):
+            raise UserError(f"{where} has trained_betas {betas!r:.60}; it must be of numbers")
         schedule = NoiseSchedule(np.cumprod(1.0 - np.asarray(betas, np.float64), axis=0))
     else:
         schedule = make_schedule(
             _known(config, "beta_schedule", shape, BETA_SCHEDULES, where),
-            int(config.get("num_train_timesteps", 1000)),
-            float(config.get("beta_start", start)),
-            float(config.get("beta_end", end)),
+            integer(config, "num_train_timesteps", 1000, where, 1, MAX_TIMESTEPS),
+            number(config, "beta_start", start, where),
+            number(config, "beta_end", end, where),
         )
-    if config.get("rescale_betas_zero_snr"):
+    if boolean(config, "rescale_betas_zero_snr", False, where):
         schedule = rescaled_to_zero_terminal_snr(schedule)
+    spacing = config.get("timestep_spacing")
+    if spacing not in (None, *SPACINGS):
+        raise UserError(
+            f"{where} has timestep_spacing {spacing!r:.60}; known are {', '.join(SPACINGS)}"
+        )
     settings: dict[str, Any] = {
         "sampler": sampler,
-        "spacing": config.get("timestep_spacing", ""),
-        "offset": int(config.get("steps_offset", 0)),
-        "sigmas": "karras" if config.get("use_karras_sigmas") else "schedule",
+        "spacing": spacing or "",
+        "offset": integer(config, "steps_offset", 0, where, 0, schedule.num_timesteps - 1),
+        "sigmas": "karras" if boolean(config, "use_karras_sigmas", False, where) else "schedule",
     }
     for key, value in SOLVERS.items():
         if key in config and config[key] not in value:
@@ -127,10 +136,12 @@ def _read_config(config: Mapping[str, Any], where: str) -> Loaded:
             )  # fmt: skip
     if sampler == "dpm++_2m" and config.get("algorithm_type", "dpmsolver++") == "sde-dpmsolver++":
         settings["sampler"] = "dpm++_2m_sde"
-    to_one = config.get("set_alpha_to_one", name != "PNDMScheduler")
+    to_one = boolean(config, "set_alpha_to_one", name != "PNDMScheduler", where)
     settings["final"] = "zero" if to_one else "first"
-    if config.get("clip_sample", name in CLIPS_BY_DEFAULT):
-        settings["clip"] = float(config.get("clip_sample_range", 1.0))
+    if boolean(config, "clip_sample", name in CLIPS_BY_DEFAULT, where):
+        settings["clip"] = number(config, "clip_sample_range", 1.0, where)
+        if settings["clip"] < np.finfo(np.float32).tiny:
+            raise UserError(f"{where} has clip_sample_range {settings['clip']}; it must be above 0")
         settings["epsilon_of_clipped"] = False
     if sampler == "ddpm":
         settings["variance"] = _known(config, "variance_type", "fixed_small", VARIANCES, where)

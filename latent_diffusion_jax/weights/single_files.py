@@ -93,7 +93,7 @@ def read_notes(path: pathlib.Path) -> Notes:
     try:
         notes = Notes(**json.loads(text))
         sound = all(_is(value, name) for name, value in dataclasses.asdict(notes).items())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         sound = False
     if not sound:
         raise UserError(f"the metadata {NOTES!r} of {path} is damaged, or of another version")

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from latent_diffusion_jax.runtime.errors import as_user_error
-from latent_diffusion_jax.runtime.trees import flatten_names
-from latent_diffusion_jax.weights import mapping
+from latent_diffusion_jax.weights import mapping, shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +39,6 @@ def to_ours(
     Raises:
       UserError: there is no such network, or the tensors are not its.
     """
-    tokens = jnp.zeros((1, max_length), jnp.int32)
-    with as_user_error(f"the text encoder of {where}"):
-        wanted = jax.eval_shape(network.init, jax.random.key(0), tokens)["params"]
-    shapes = {name: leaf.shape for name, leaf in flatten_names(wanted).items()}
-    return mapping.to_ours(table, tensors, shapes, where, dtype)
+    tokens = jax.ShapeDtypeStruct((1, max_length), jnp.int32)
+    wanted = shapes.of(network, f"the text encoder of {where}", tokens)
+    return mapping.to_ours(table, tensors, wanted, where, dtype)

@@ -13,7 +13,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
@@ -73,12 +73,13 @@ def _read_zip(
         raise FormatError("it is a zip archive, but not one that torch.save wrote")
     root = names[0].removesuffix("data.pkl")
     if root + "byteorder" in archive.namelist():
-        with archive.open(root + "byteorder") as member:
+        with _open(archive, root + "byteorder") as member:
             if member.read(len(b"little") + 1) != b"little":
                 raise FormatError("its numbers are big-endian")
     if archive.getinfo(names[0]).file_size > torch_pickles.MAX_PICKLE:
         raise FormatError(f"its pickle has more than {torch_pickles.MAX_PICKLE >> 20} MiB")
-    loaded, _ = torch_pickles.load(io.BytesIO(archive.read(names[0])))
+    pickled = _unpacked(archive, archive.getinfo(names[0]))
+    loaded, _ = torch_pickles.load(io.BytesIO(pickled.tobytes()))
     unpacked = 0
 
     def load(key: str) -> np.ndarray:
@@ -93,15 +94,33 @@ def _read_zip(
 
 def _member(archive: zipfile.ZipFile, data: np.ndarray, info: zipfile.ZipInfo) -> np.ndarray:
     """The bytes of an archive's member, mapped unless they are compressed; they are checked."""
-    name = info.filename
     if info.compress_type != zipfile.ZIP_STORED:
-        return np.frombuffer(archive.read(name), np.uint8)
-    with archive.open(name) as member:
+        return _unpacked(archive, info)
+    with _open(archive, info.filename) as member:
         while member.read(CHUNK):  # which ends with an error where the sum is wrong
             pass
     end = info.header_offset + ZIP_HEADER
     start = end + int(data[end - 4 : end].view("<u2").sum(dtype=int))
     return data[start : start + info.file_size]
+
+
+def _unpacked(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """The bytes of an archive's member; no more than it says, whatever it unpacks to."""
+    content, end = np.empty(info.file_size, np.uint8), 0
+    with _open(archive, info.filename) as member:
+        while part := member.read(CHUNK):  # `archive.read` would unpack all, and then look
+            if end + len(part) > len(content):
+                raise FormatError(f"it is damaged: {info.filename} has more bytes than it says")
+            content[end : end + len(part)] = np.frombuffer(part, np.uint8)
+            end += len(part)
+    return content[:end]
+
+
+def _open(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    """A member of an archive. Other ways of packing cannot be unpacked a part at a time."""
+    if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise FormatError(f"{name} in it is packed in a way that archives of Torch are not")
+    return archive.open(name)
 
 
 def _read_legacy(file: BinaryIO, data: np.ndarray, skip: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -8,7 +8,6 @@ refused, and what would take far more memory or time than its length, before it 
 
 import collections
 import dataclasses
-import functools
 import pickle
 import pickletools
 from collections.abc import Callable
@@ -77,17 +76,24 @@ class FormatError(ValueError):
     """Says what is wrong with a file, as the end of a sentence about it."""
 
 
-@dataclasses.dataclass(frozen=True)
+def _refuse_state(self: Any, state: Any) -> None:
+    """`__setstate__` of what a pickle may hold and not change, as no file of Torch does."""
+    raise FormatError(f"it is damaged: its pickle changes a {type(self).__name__.strip('_')}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class _DType:
     """A dtype by its name in Torch: NumPy's own are shared objects, which a pickle could change."""
 
     name: str
 
+    __setstate__ = _refuse_state
+
     def numpy(self) -> np.dtype:
         return np.dtype(DTYPES[self.name])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
     """A run of numbers in the file."""
 
@@ -96,8 +102,10 @@ class Storage:
     size: int  # numbers
     first: int = 0  # number that a view begins at
 
+    __setstate__ = _refuse_state
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
     """Where a tensor lies in its storage; offset and strides count numbers."""
 
@@ -105,6 +113,20 @@ class Tensor:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+    __setstate__ = _refuse_state
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Function:
+    """What a pickle may call. A `functools.partial` it could make call itself, without end."""
+
+    call: Callable[..., Any]
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.call(*arguments)
+
+    __setstate__ = _refuse_state
 
 
 class _Inert:
@@ -180,9 +202,9 @@ class _Unpickler(pickle.Unpickler):
                 "harm; it was not executed, and nothing of it is used"
             )
         if (module, name) == ("collections", "OrderedDict"):
-            return functools.partial(self._ordered)
+            return _Function(self._ordered)
         if module == "torch._utils" and name in REBUILD:
-            return functools.partial(REBUILD[name])  # a new one each time, as for `_Inert`
+            return _Function(REBUILD[name])
         if module in ("torch", "torch.storage") and name in STORAGES:
             return _DType(STORAGES[name])
         if module == "torch" and name in DTYPES:

@@ -59,6 +59,12 @@ def bindings(network: UNet) -> list[Mapping[str, int]]:
     of those on a level, in which the upsampling is at `place`.
     """
     levels, blocks = len(network.channel_multipliers), network.num_res_blocks + 1
+    depths = network.transformer_depths
+
+    def depth_of(level: int, block: int) -> int:
+        middle = level == levels - 1 and block == 0  # is as deep as the last level
+        return depths[level] if middle or level in network.attention_levels else 1
+
     return [
         {
             "level": level,
@@ -73,7 +79,7 @@ def bindings(network: UNet) -> list[Mapping[str, int]]:
         }
         for level in range(levels)
         for block in range(blocks)
-        for depth in range(max(network.transformer_depths))
+        for depth in range(depth_of(level, block))
     ]
 
 

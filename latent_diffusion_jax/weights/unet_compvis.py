@@ -12,7 +12,10 @@ import numpy as np
 
 from latent_diffusion_jax.models.unet import UNet
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.weights.compvis import check_not_empty
 from latent_diffusion_jax.weights.mapping import Row
+from latent_diffusion_jax.weights.messages import shown
+from latent_diffusion_jax.weights.shapes import MAX_LEVELS, NUMBER
 from latent_diffusion_jax.weights.unet_common import Description, transformer_rows, uniform
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # in the checkpoint of a whole model
@@ -88,7 +91,7 @@ def unet(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]
             f"config.json"
         )
     if not any(name.startswith("input_blocks.") for name in tensors):
-        names = ", ".join(repr(name) for name in list(tensors)[:3])
+        names = ", ".join(shown(name) for name in list(tensors)[:3])
         raise UserError(
             f"{where} holds no UNet: no tensor is named input_blocks.* or {PREFIXES[0]}"
             f"input_blocks.*" + (f", the first are {names}" if names else "")
@@ -118,19 +121,22 @@ def infer(
             f"{where} does not tell the size of its UNet: the 4-d tensors {', '.join(lacking)} "
             f"are missing"
         )
+    check_not_empty(tensors, needed, where)
     channels, in_channels = tensors[needed[0]].shape[:2]
     levels, blocks = _levels(tensors, where)
     first = [1 + level * blocks for level in range(levels)]  # input block of each level
     widths = [_width(tensors, number, channels, where) for number in first]
-    depths = [1 + max(_numbers(tensors, rf"input_blocks\.{number}\.1\.transformer_blocks\.(\d+)"),
-                      default=0) for number in first]  # fmt: skip
+    depth = rf"\.1\.transformer_blocks\.{NUMBER}\."
+    depths = [
+        1 + max(_numbers(tensors, rf"input_blocks\.{number}{depth}"), default=0) for number in first
+    ]
     attention_levels = tuple(
         level
         for level, number in enumerate(first)
         if any(name.startswith(f"input_blocks.{number}.1.") for name in tensors)
     )
     if levels - 1 not in attention_levels:  # the last level's depth is the middle's
-        middle = _numbers(tensors, r"middle_block\.1\.transformer_blocks\.(\d+)")
+        middle = _numbers(tensors, rf"middle_block{depth}")
         depths[-1] = 1 + max(middle, default=0)
     transformer = any(".transformer_blocks." in name for name in tensors)
     embedding = tensors.get("input_blocks.1.0.emb_layers.1.weight")
@@ -197,10 +203,12 @@ def split_attentions(tensors: Mapping[str, np.ndarray], network: UNet) -> dict[s
     for name, tensor in tensors.items():
         module, found, kind = name.partition(".qkv.")
         heads = _heads(name, network) if found else 0
-        if found and tensor.ndim and tensor.shape[0] % (3 * heads) == 0:
-            parts = tensor.reshape(heads, 3, -1, *tensor.shape[1:2])
+        flat = tensor.ndim and all(n == 1 for n in tensor.shape[2:])
+        if found and flat and tensor.shape[0] % (3 * heads) == 0:
+            width, *inner = tensor.shape[0] // 3, *tensor.shape[1:2]
+            parts = tensor.reshape(heads, 3, width // heads, *inner)
             for i, part in enumerate("qkv"):
-                split[f"{module}.qkv.{part}.{kind}"] = parts[:, i].reshape(-1, *tensor.shape[1:2])
+                split[f"{module}.qkv.{part}.{kind}"] = parts[:, i].reshape(width, *inner)
         elif name.endswith(".proj_out.weight") and tensor.shape[2:] == (1,):
             split[name] = tensor[..., 0]
         else:
@@ -231,9 +239,9 @@ def _heads(name: str, network: UNet) -> int:
     """Number of heads of the attention that a tensor belongs to."""
     blocks, last = network.num_res_blocks + 1, len(network.channel_multipliers) - 1
     level = last
-    if match := re.match(r"input_blocks\.(\d+)\.", name):
+    if match := re.match(rf"input_blocks\.{NUMBER}\.", name):
         level = (int(match[1]) - 1) // blocks
-    elif match := re.match(r"output_blocks\.(\d+)\.", name):
+    elif match := re.match(rf"output_blocks\.{NUMBER}\.", name):
         level = last - int(match[1]) // blocks
     return max(network.heads[min(max(level, 0), last)][0], 1)
 
@@ -244,15 +252,19 @@ def _levels(tensors: Mapping[str, np.ndarray], where: str) -> tuple[int, int]:
     The first level on the way up ends where something upsamples. What has no parameters shows on
     the way down, as a number that is left out.
     """
-    inputs = _numbers(tensors, r"input_blocks\.(\d+)\.")
-    outputs = 1 + max(_numbers(tensors, r"output_blocks\.(\d+)\."), default=-1)
-    ends = _numbers(tensors, r"output_blocks\.(\d+)\.[12]\.(?:conv|in_layers)\.")
+    inputs = _numbers(tensors, rf"input_blocks\.{NUMBER}\.")
+    outputs = 1 + max(_numbers(tensors, rf"output_blocks\.{NUMBER}\."), default=-1)
+    ends = _numbers(tensors, rf"output_blocks\.{NUMBER}\.[12]\.(?:conv|in_layers)\.")
     gaps = set(range(max(inputs))) - inputs
     blocks = 1 + min(ends) if ends else min(gaps, default=outputs)
     if blocks < 2 or outputs % blocks or 1 + max(inputs) != outputs:
         raise UserError(
             f"{where} has {1 + max(inputs)} input blocks and {outputs} output blocks, which do "
             f"not make levels of {blocks}"
+        )
+    if outputs // blocks > MAX_LEVELS:
+        raise UserError(
+            f"{where} has a UNet of {outputs // blocks} levels; at most {MAX_LEVELS} can be"
         )
     return outputs // blocks, blocks
 

@@ -5,8 +5,9 @@ from typing import Any
 
 from latent_diffusion_jax.models.unet import UNet
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.weights.diffusers import VERSION
+from latent_diffusion_jax.weights.diffusers import VERSION, boolean
 from latent_diffusion_jax.weights.folders import positive_integer, positive_integers
+from latent_diffusion_jax.weights.messages import shown
 from latent_diffusion_jax.weights.unet_common import Description, uniform
 
 CLASSES = {"transformer": "UNet2DConditionModel", "self": "UNet2DModel"}
@@ -90,7 +91,7 @@ def read_config(config: Mapping[str, Any], where: str) -> Description:
     class_name = str(config.get("_class_name"))
     if class_name not in kinds:
         raise UserError(
-            f"{where} is for the class {class_name!r}; UNets are of {' and '.join(kinds)}"
+            f"{where} is for the class {shown(class_name)}; UNets are of {' and '.join(kinds)}"
         )
     kind = kinds[class_name]
     for key, value in (FIXED | {"mid_block_type": MIDDLES[kind]}).items():
@@ -98,7 +99,7 @@ def read_config(config: Mapping[str, Any], where: str) -> Description:
         entries = given if isinstance(given, list | tuple) and given else [given]
         same = all(entry == value for entry in entries)
         if not same and (given is not None or key == "mid_block_type"):
-            raise UserError(f"{where} has {key} {given!r}, this network has {value!r}")
+            raise UserError(f"{where} has {key} {shown(given)}, this network has {value!r}")
     full = DEFAULTS | CLASS_DEFAULTS[kind] | dict(config)
     widths = positive_integers(full, "block_out_channels", where)
     if any(width % widths[0] for width in widths):
@@ -129,7 +130,7 @@ def read_config(config: Mapping[str, Any], where: str) -> Description:
         groups = full.get("attn_norm_num_groups")
         if groups != fields["num_groups"] and (groups or fields["scale_shift_norm"]):
             raise UserError(
-                f"{where} has attn_norm_num_groups {groups!r}, this network has as many as "
+                f"{where} has attn_norm_num_groups {shown(groups)}, this network has as many as "
                 f"norm_num_groups {fields['num_groups']}"
             )
     else:
@@ -139,7 +140,7 @@ def read_config(config: Mapping[str, Any], where: str) -> Description:
         # As wide as the latents' features: the one context that all levels have is none.
         if contexts != widths or len(set(widths)) == 1:
             context_dim = _one(contexts, "cross_attention_dim", where)
-        linear = bool(full["use_linear_projection"])
+        linear = boolean(full, "use_linear_projection", False, where)
     return Description(fields, positive_integer(full, "in_channels", where), context_dim, linear)
 
 
@@ -241,7 +242,7 @@ def _blocks(
         types, attending = config[key], ATTENDING[kind] + plain
         known = (plain, attending, resnet)
         if not isinstance(types, list | tuple) or any(block not in known for block in types):
-            raise UserError(f"{where} has {key} {types}; known are {', '.join(known)}")
+            raise UserError(f"{where} has {key} {shown(types)}; known are {', '.join(known)}")
         if len(types) != levels:
             raise UserError(
                 f"{where} has {len(types)} {key} and {levels} block_out_channels; there must be "
@@ -276,7 +277,8 @@ def _as_in_ddpm(config: Mapping[str, Any], where: str) -> bool:
     }
     if given not in CONVENTIONS:
         raise UserError(
-            f"{where} has {given}; known are {' and '.join(str(known) for known in CONVENTIONS)}"
+            f"{where} has {shown(given)}; known are "
+            f"{' and '.join(str(known) for known in CONVENTIONS)}"
         )
     return given == CONVENTIONS[True]
 
@@ -315,7 +317,7 @@ def _by_level(config: Mapping[str, Any], key: str, levels: int, where: str) -> l
         {key: value if isinstance(value, list | tuple) else [value]}, key, where
     )
     if len(values) not in (1, levels):
-        raise UserError(f"{where} has {key} {value}; it must have one entry for each level")
+        raise UserError(f"{where} has {key} {shown(value)}; it must have one entry for each level")
     return values * (levels // len(values))
 
 
@@ -328,13 +330,13 @@ def _one(values: list[int], key: str, where: str) -> int:
 def _choice(config: Mapping[str, Any], key: str, known: tuple[Any, ...], where: str) -> Any:
     if config[key] not in known:
         raise UserError(
-            f"{where} has {key} {config[key]!r}; known are {', '.join(map(repr, known))}"
+            f"{where} has {key} {shown(config[key])}; known are {', '.join(map(repr, known))}"
         )
     return config[key]
 
 
 def _number(config: Mapping[str, Any], key: str, where: str) -> float:
     value = config[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise UserError(f"{where} has {key} {value!r}; it must be a number, not negative")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UserError(f"{where} has {key} {shown(value)}; it must be a number from 0 to 1")
     return float(value)

@@ -17,6 +17,7 @@ from latent_diffusion_jax.weights import (
     files,
     folders,
     mapping,
+    shapes,
     unet_compvis,
     unet_diffusers,
     unet_diffusers_names,
@@ -60,12 +61,12 @@ def load(path: str | pathlib.Path, dtype: DTypeLike = np.float32) -> Loaded:
     folder = folders.find(pathlib.Path(path).expanduser(), SUBFOLDERS)
     config_path = str(folder / folders.CONFIG_FILE)
     description = unet_diffusers.read_config(folders.read_config(folder), config_path)
-    network, shapes = _network(description, config_path)
     tensors, where = folders.read_tensors(folder)
+    network, wanted = _network(description, len(tensors), config_path)
     table = mapping.expand(
         unet_diffusers_names.rows(description.linear_projections), bindings(network)
     )
-    params = mapping.to_ours(table, current_names(tensors), shapes, str(where), dtype)
+    params = mapping.to_ours(table, current_names(tensors), wanted, str(where), dtype)
     return _loaded(description, params)
 
 
@@ -90,13 +91,15 @@ def from_compvis(
       UserError: there is no UNet, or one that `UNet` cannot be, or its tensors are not all there.
     """
     if num_heads and head_dim:
-        raise UserError(f"num_heads={num_heads} and head_dim={head_dim}: give one of them")
+        raise UserError(
+            f"num_heads={num_heads} and head_dim={head_dim} for {where}: one of them can be given"
+        )
     tensors = unet_compvis.unet(tensors, where)
     description = unet_compvis.infer(tensors, num_heads, head_dim, where)
-    network, shapes = _network(description, where)
+    network, wanted = _network(description, len(tensors), where)
     table = mapping.expand(unet_compvis.rows(description.linear_projections), bindings(network))
     split = unet_compvis.split_attentions(tensors, network)
-    return _loaded(description, mapping.to_ours(table, split, shapes, where, dtype))
+    return _loaded(description, mapping.to_ours(table, split, wanted, where, dtype))
 
 
 def save_diffusers(
@@ -178,19 +181,26 @@ def _described(fields: Mapping[str, Any], params: Any) -> tuple[UNet, int, int |
     return network, kernels["conv_in/kernel"].shape[2], context_dim
 
 
-def _network(description: Description, where: str) -> tuple[UNet, dict[str, tuple[int, ...]]]:
-    """The network, and its parameters' shapes by slash-joined name; nothing is computed."""
-    network = UNet(**description.fields)
-    size = 2 ** (len(network.channel_multipliers) - 1)
-    latents = jnp.zeros((1, size, size, description.in_channels))
-    width, vector = description.context_dim, None
-    if network.num_classes:
-        vector = jnp.zeros(1, jnp.int32)
-    elif network.vector_dim:
-        vector = jnp.zeros((1, network.vector_dim))
-    context = None if width is None else jnp.zeros((1, 1, width))
-    with as_user_error(f"the UNet of {where}"):
-        shapes = jax.eval_shape(
-            network.init, jax.random.key(0), latents, jnp.zeros(1, jnp.int32), context, vector
-        )["params"]
-    return network, {name: leaf.shape for name, leaf in flatten_names(shapes).items()}
+def _network(
+    description: Description, tensors: int, where: str
+) -> tuple[UNet, dict[str, tuple[int, ...]]]:
+    """The network, and its parameters' shapes by slash-joined name.
+
+    Raises:
+      UserError: `UNet` cannot be it, or it is too large for a file of so many tensors.
+    """
+    network, width = UNet(**description.fields), description.context_dim
+    levels, depths = len(network.channel_multipliers), network.transformer_depths
+    attending = sum(depths[level] for level in network.attention_levels)
+    blocks = network.num_res_blocks * (levels + attending) + depths[-1]  # with the middle's
+    sizes = dict(in_channels=description.in_channels, context_dim=width or 0)
+    shapes.check_network(description.fields | sizes, blocks, tensors, where)
+    side = 2 ** (levels - 1)
+    latents = jax.ShapeDtypeStruct((1, side, side, description.in_channels), jnp.float32)
+    labels = jax.ShapeDtypeStruct((1,), jnp.int32)  # of the shape that timesteps have, too
+    context = None if width is None else jax.ShapeDtypeStruct((1, 1, width), jnp.float32)
+    vector = labels if network.num_classes else None
+    if network.vector_dim and not network.num_classes:
+        vector = jax.ShapeDtypeStruct((1, network.vector_dim), jnp.float32)
+    what = f"the UNet of {where}"
+    return network, shapes.of(network, what, latents, labels, context, vector)

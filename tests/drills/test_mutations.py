@@ -6,12 +6,14 @@ does it with 1,000 of them; without `-m slow` it is some of each kind. What a fo
 cannot be told from the right thing: other numbers in a safetensors file, other colours in an image.
 """
 
+import copy
 import faulthandler
 import io
 import json
 import pathlib
 import random
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +23,17 @@ import torch
 from PIL import Image
 
 from configs import class_cond, txt2img
+from latent_diffusion_jax import loading
 from latent_diffusion_jax.config_checks import check_config
+from latent_diffusion_jax.convert import convert
 from latent_diffusion_jax.data.pipeline import DecodedSource
 from latent_diffusion_jax.data.sources import open_source
 from latent_diffusion_jax.planning import programs
 from latent_diffusion_jax.runtime import checkpoints, images, sharding
 from latent_diffusion_jax.runtime.commands import flatten
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
-from latent_diffusion_jax.weights import files
+from latent_diffusion_jax.weights import files, single_files
+from tests import ldm_files, stable_diffusion_files
 
 SECONDS = 20.0  # for one input
 GROWTH = 700  # MiB of memory that all of a kind may take more than before
@@ -89,7 +94,7 @@ def is_refused(call, *names) -> bool:
         call()
     except UserError as error:
         text = str(error)
-        assert "\n" not in text and len(text) < 20_000
+        assert "\n" not in text and len(text) < 20_000, text[:500]
         assert all(str(name) in text for name in names), text
         return True
     return False
@@ -132,6 +137,88 @@ def test_weights(tmp_path, kind, count):
                     assert not same or np.array_equal(found, TENSORS[name], equal_nan=True)
 
         return is_refused(read, path)
+
+    drill(count, attempt)
+
+
+# What configs and notes say of models, to whole models' readers.
+
+SAID: tuple[Any, ...] = (
+    0, 1, -1, 2, 7, 32, 64, 10**6, 2**20, 10**9, 10**12, 10**30, 10**400, -(10**30), 0.5, -0.5,
+    1e-300, 1e300, float("nan"), float("inf"), "", "x", "3", "x" * 10**4, True, False, None, [], {},
+    [0], [1, 2], [-1, 10**12], ["x"], [[1]], [None], {"a": 1}, [32] * 14, [32] * 70, [1] * 10**5,
+    ["DownBlock2D"] * 14,
+)  # fmt: skip
+
+
+def mutate_said(said: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """What a JSON object says, with one or two values of another size or kind, or without them."""
+    said = copy.deepcopy(said)
+    for key in rng.sample(sorted(said), min(len(said), rng.choice([1, 1, 2]))):
+        inner = said[key]
+        kind = rng.randrange(8)
+        if kind == 0:
+            del said[key]
+        elif kind < 3 and isinstance(inner, list) and inner:
+            inner[rng.randrange(len(inner))] = rng.choice(SAID)
+        elif kind < 3 and isinstance(inner, dict) and inner:
+            inner[rng.choice(sorted(inner))] = rng.choice(SAID)
+        else:
+            said[key] = rng.choice(SAID)
+    return said
+
+
+def load_whole(path: pathlib.Path):
+    leaves = jax.tree.leaves(loading.load_model(path).params)
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
+
+
+@pytest.mark.parametrize("kind", ["stable_diffusion", "ldm", "unconditional"])
+@few_and_many
+def test_what_folders_say(tmp_path, kind, count):
+    folder = tmp_path / "model"
+    if kind == "stable_diffusion":
+        stable_diffusion_files.make_pipeline(folder)
+    elif kind == "ldm":
+        ldm_files.make_text_to_image(folder)
+    else:
+        ldm_files.make_unconditional(folder)
+    names = ("config.json", "scheduler_config.json", "model_index.json")
+    contents = {path: path.read_text() for path in folder.rglob("*.json") if path.name in names}
+    assert len(contents) >= 4
+
+    def attempt(rng):
+        path = rng.choice(sorted(contents))
+        said = mutate_said(json.loads(contents[path]), rng)
+        path.write_text(json.dumps(said))
+        try:
+            return is_refused(lambda: load_whole(folder), folder)
+        except Exception as error:
+            text = f"{path.name} of {path.parent.name}: {type(error).__name__}: {error}"
+            raise AssertionError(f"{text[:500]}, of {said}"[:2000]) from None
+        finally:
+            path.write_text(contents[path])
+
+    drill(count, attempt)
+    load_whole(folder)
+
+
+@few_and_many
+def test_what_notes_say(tmp_path, count):
+    stable_diffusion_files.make_pipeline(tmp_path / "in", groups=32, width=64)
+    path = tmp_path / "model.safetensors"
+    convert([str(tmp_path / "in")], "compvis", str(path), part="model")
+    tensors = {name: np.array(tensor) for name, tensor in files.read(path).items()}
+    said = json.loads(files.read_metadata(path)[single_files.NOTES])
+
+    def attempt(rng):
+        mutated = mutate_said(said, rng)
+        files.write(path, tensors, {single_files.NOTES: json.dumps(mutated)})
+        try:
+            return is_refused(lambda: load_whole(path), path)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            raise AssertionError(f"{text[:500]}, of {mutated}"[:2000]) from None
 
     drill(count, attempt)
 

@@ -1,6 +1,7 @@
 """LDM's models of classes: single files in CompVis' layout."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -99,3 +100,9 @@ def test_labels_that_the_unet_embeds_have_no_single_file(single_file, tmp_path):
     with pytest.raises(UserError, match="embeds labels itself"):
         saving.save_single_file(tmp_path / "model.safetensors", other)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("table", [np.zeros(3), np.zeros((3, 2), int), np.full((3, 2), np.nan)])
+def test_embeddings_that_are_none_are_refused(table):
+    with pytest.raises(UserError, match=f"a file.*{re.escape(class_embeddings.NAME)}"):
+        class_embeddings.from_compvis({class_embeddings.NAME: table}, "a file")

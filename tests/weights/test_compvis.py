@@ -236,6 +236,16 @@ def test_a_scale_factor_of_the_wrong_shape_is_refused(tensors, tmp_path):
     check_refused("scale_factor of shape (4,)", path=path)
 
 
+@pytest.mark.parametrize(
+    "factor", [np.complex64(1), np.float32(np.nan), np.float64(0), np.int8(-1)]
+)
+def test_a_scale_factor_that_is_no_positive_number_is_refused(tensors, tmp_path, factor):
+    path = tmp_path / "model.safetensors"
+    prefixed = {f"first_stage_model.{name}": x for name, x in tensors.items()}
+    files.write(path, prefixed | {"scale_factor": np.array(factor)})
+    check_refused("scal", "factor", path=path)
+
+
 def test_a_plain_pickle_is_refused(tmp_path):
     path = tmp_path / "model.ckpt"
     path.write_bytes(pickle.dumps({"state_dict": {"encoder.conv_in.weight": 1}}))

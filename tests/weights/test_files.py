@@ -161,6 +161,17 @@ def test_impossible_headers_are_refused(tmp_path, header, part):
     check_refused(path, part)
 
 
+@pytest.mark.parametrize("entry", [{"dtype": "F7"}, {"dtype": "F32", "shape": [3]}, {"shape": 1}])
+def test_long_names_are_cut_in_messages(tmp_path, entry):
+    name = "begin" + 3_000_000 * "a\n" + "end"
+    text = json.dumps({name: {"shape": [2], "data_offsets": [0, 8]} | entry}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    with pytest.raises(UserError) as error:
+        files.read(path)
+    assert len(str(error.value)) < 3_000 and "\n" not in str(error.value)
+
+
 ONE = '"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
 
 
@@ -193,3 +204,13 @@ def test_metadata_is_that_of_the_header(tmp_path):
     assert files.read_metadata(path) == {"a": "ü", "b": ""}
     files.write(path, {"w": np.zeros(3, np.float32)})
     assert files.read_metadata(path) == {}
+
+
+@pytest.mark.parametrize(
+    "places", [{"a": ["x"]}, {"a": {}}, {"a": "../x"}, {"a": ""}, {}, [], None]
+)
+def test_indexes_that_name_no_files_beside_them_are_refused(tmp_path, places):
+    index = tmp_path / f"{folders.DIFFUSERS_FILE}.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(UserError, match=f"{index} has no weight_map from tensors to files"):
+        folders.read_tensors(tmp_path)

@@ -148,3 +148,27 @@ def test_transposed_kernels_are_not_taken_for_square_ones(theirs):
     """[in, out] instead of [out, in] is an error wherever the shape shows it."""
     theirs["levels.0.p.weight"] = theirs["levels.0.p.weight"].T
     check_refused(theirs, "1 misshapen: 'levels.0.p.weight' (7, 6), expected (6, 7)")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+def test_numbers_that_are_not_finite_are_named(ours, theirs, value):
+    """1e300 is finite in the file, and infinite in float32."""
+    changed = {name: tensor.astype(np.float64) for name, tensor in theirs.items()}
+    changed["conv_in.weight"][4, 3, 2, 1] = value
+    changed["lin.weight"][0, 0, 0, 0] = value
+    message = check_refused(changed, "2 of them: 'conv_in.weight', 'lin.weight'", "float32 cannot")
+    assert "embedding" not in message
+
+
+def test_all_numbers_of_a_large_tensor_are_looked_at():
+    numbers = np.zeros((3, mapping.CHECKED), np.float16)
+    assert mapping.all_finite(numbers) and mapping.all_finite(numbers[:, :0])
+    for place in (0, mapping.CHECKED, numbers.size - 1):
+        changed = numbers.copy()
+        changed.reshape(-1)[place] = np.nan
+        assert not mapping.all_finite(changed)
+
+
+def test_long_names_are_cut_in_messages(theirs):
+    message = check_refused(theirs | {"x" * 3_000_000: np.zeros(3)}, "1 extra: 'xxx", "xxx' (3,)")
+    assert len(message) < 1_000

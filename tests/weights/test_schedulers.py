@@ -98,19 +98,43 @@ def test_what_is_not_here_is_refused():
         ({"beta_schedule": "exp"}, "here has beta_schedule 'exp'; known are linear"),
         ({"prediction_type": "flow"}, "here has prediction_type 'flow'"),
         ({"thresholding": True}, "here has thresholding, which is not supported"),
-        ({"beta_start": "low"}, "here: could not convert"),
+        ({"beta_start": "low"}, "here has beta_start 'low'; it must be a finite number"),
+        ({"beta_start": float("nan")}, "here has beta_start nan; it must be a finite number"),
+        ({"beta_end": 10**400}, "here has beta_end 1000.*; it must be a finite number"),
+        ({"beta_start": -0.1, "beta_end": -0.1}, r"here: betas must lie in \(0, 1\)"),
         ({"beta_end": 2.0}, r"here: betas must lie in \(0, 1\)"),
-        ({"clip_sample": True, "clip_sample_range": "x"}, "here: could not convert"),
+        ({"clip_sample": "false"}, "here has clip_sample 'false'; it must be true or false"),
+        ({"set_alpha_to_one": 1}, "here has set_alpha_to_one 1; it must be true or false"),
+        ({"thresholding": "no"}, "here has thresholding 'no'; it must be true or false"),
+        ({"rescale_betas_zero_snr": []}, r"here has rescale_betas_zero_snr \[\]"),
+        ({"clip_sample_range": "x"}, "here has clip_sample_range 'x'; it must be a finite number"),
+        ({"clip_sample_range": -1}, "here has clip_sample_range -1.0; it must be above 0"),
+        ({"clip_sample_range": float("nan")}, "here has clip_sample_range nan"),
+        ({"timestep_spacing": "even"}, "here has timestep_spacing 'even'; known are trailing"),
+        ({"timestep_spacing": {}}, "here has timestep_spacing {}; known are trailing"),
+        ({"steps_offset": -5}, "here has steps_offset -5; it must be an integer of 0 to 999"),
+        ({"steps_offset": 1000}, "here has steps_offset 1000; it must be an integer of 0 to 999"),
+        ({"steps_offset": 1.5}, "here has steps_offset 1.5; it must be an integer of 0 to 999"),
+        ({"steps_offset": None}, "here has steps_offset None; it must be an integer of 0 to 999"),
         ({"prediction_type": ["v"]}, "here: .*unhashable"),
         ({"_use_default_values": 5}, "here: .*not iterable"),
-        ({"num_train_timesteps": 1e13}, "here: num_timesteps=10000000000000 must be 1 to 100000"),
-        ({"num_train_timesteps": float("inf")}, "here: cannot convert float infinity"),
-        ({"num_train_timesteps": 0}, "here: num_timesteps=0 must be 1 to"),
+        ({"num_train_timesteps": 10**9}, "here has num_train_timesteps 1000000000; .*1 to 100000"),
+        ({"num_train_timesteps": 1e13}, "here has num_train_timesteps 1.*; .*1 to 100000"),
+        ({"num_train_timesteps": float("inf")}, "here has num_train_timesteps inf; .*1 to 100000"),
+        ({"num_train_timesteps": 0}, "here has num_train_timesteps 0; .*1 to 100000"),
         ({"trained_betas": [5, 5]}, "here: the betas .* must be above 0 and at most 1"),
         ({"trained_betas": [0.1, float("nan")]}, "here: the betas .* must be above 0"),
         ({"trained_betas": [0.1, 1.0, 0.1]}, "here: the betas .* must be above 0"),
         ({"trained_betas": []}, "here: a noise schedule has 1 to 100000 timesteps"),
-        ({"trained_betas": [[0.1]]}, "here: a noise schedule has 1 to 100000 timesteps"),
+        ({"trained_betas": [[0.1]]}, r"here has trained_betas \[\[0.1\]\]; it must be of numbers"),
+        ({"trained_betas": "1"}, "here has trained_betas '1'; it must be of numbers"),
+        ({"trained_betas": 0.5}, "here has trained_betas 0.5; it must be of numbers"),
     ):
         with pytest.raises(UserError, match=message):
             schedulers.read_config(config_of("DDIMScheduler") | changes, "here")
+
+
+def test_null_is_false_as_in_diffusers():
+    config = config_of("DDIMScheduler") | {"use_karras_sigmas": None, "clip_sample": None}
+    loaded = schedulers.read_config(config, "here")
+    assert loaded.settings["sigmas"] == "schedule" and "clip" not in loaded.settings

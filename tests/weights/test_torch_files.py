@@ -434,6 +434,37 @@ def test_parts_that_unpack_to_far_more_are_refused(tmp_path, monkeypatch):
     check_refused(path, "its pickle has more than 0 MiB")
 
 
+@pytest.mark.parametrize("part", ["data.pkl", "data/0"])
+def test_parts_that_unpack_to_more_than_they_say_take_no_memory(tmp_path, part):
+    path = archive_of(tmp_path / "a.ckpt", of_tensor(25, (25,), (1,)))
+    pickled = zipfile.ZipFile(path).read("archive/data.pkl")
+    contents = {"data.pkl": pickled, "data/0": bytes(100)} | {part: pickled + bytes(2**27)}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in contents.items():
+            archive.writestr(f"archive/{name}", content)
+    whole = bytearray(path.read_bytes())
+    entry = whole.index(f"archive/{part}".encode(), whole.index(b"PK\x01\x02")) - 46
+    struct.pack_into("<I", whole, entry + 24, 100)
+    path.write_bytes(whole)
+    tracemalloc.start()
+    check_refused(path, "damaged")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("part", ["data.pkl", "data/0", "byteorder"])
+@pytest.mark.parametrize("packing", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_parts_that_are_packed_otherwise_are_refused(tmp_path, part, packing):
+    """Python unpacks all that is there of them, however few bytes are asked for."""
+    path = archive_of(tmp_path / "a.ckpt", of_tensor(25, (25,), (1,)))
+    contents = {"data.pkl": zipfile.ZipFile(path).read("archive/data.pkl"), "byteorder": b"little"}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in (contents | {"data/0": bytes(100)}).items():
+            kind = packing if name == part else zipfile.ZIP_STORED
+            archive.writestr(f"archive/{name}", content, compress_type=kind)
+    check_refused(path, f"archive/{part} in it is packed in a way that archives of Torch are not")
+
+
 def test_many_parts_that_unpack_to_a_little_more_are_refused(tmp_path):
     pickled = of_tensor(2**24, (2**24,), (1,), names="abc")
     members = [(str(i), bytes(2**26)) for i in range(3)]
@@ -463,6 +494,36 @@ def test_parts_of_parts_are_not_read_again_and_again(tmp_path):
     end = struct.pack("<HHHHIIH", 0, 0, 11, 11, len(directory), start + len(data), 0)
     path.write_bytes(head + data + directory + b"PK\x05\x06" + end)
     check_refused(path, "its parts up to archive/data/8 would take")
+
+
+FLOATS = b"ctorch\nFloatStorage\n"
+STORED = b"(X\x07\x00\x00\x00storage" + FLOATS + b"X\x01\x00\x00\x000NK\x04tQ"
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
+@pytest.mark.parametrize(
+    ("made", "what"),
+    [
+        (b"ctorch._utils\n_rebuild_parameter\n", "Function"),
+        (b"ccollections\nOrderedDict\n", "Function"),
+        (FLOATS, "DType"),
+        (STORED, "Storage"),
+        (REBUILD + b"(" + STORED + b"K\x00K\x04\x85K\x01\x85tR", "Tensor"),
+    ],
+)
+@pytest.mark.parametrize(
+    "state", [b"}", b"}X\x04\x00\x00\x00nameNs", b"N}X\x01\x00\x00\x00aNs\x86"]
+)
+def test_what_tensors_are_made_of_cannot_be_changed(tmp_path, made, what, state):
+    pickled = b"\x80\x02" + made + state + b"b."
+    check_refused(with_pickle(tmp_path / "a.ckpt", pickled), f"its pickle changes a {what}")
+
+
+def test_a_function_cannot_be_made_to_call_itself(tmp_path):
+    """A `functools.partial` takes a function and arguments from a pickle, and ends the process."""
+    state = b"(h\x00)}Ntb"  # (itself, (), {}, None)
+    pickled = b"\x80\x02ctorch._utils\n_rebuild_parameter\nq\x00" + state + b")R."
+    check_refused(with_pickle(tmp_path / "a.ckpt", pickled), "its pickle changes a Function")
 
 
 PAIR = b"2\x86"  # a tuple of the last object, twice

@@ -245,6 +245,13 @@ def test_every_missing_extra_and_misshapen_tensor_is_named():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("shape", [(192, 0, 1), (0, 64, 1), (192, 64, 3), (192,), ()])
+def test_joint_projections_of_impossible_shapes_are_named(shape):
+    tensors = unets.to_compvis(OTHERS["plain"], drawn("plain"))
+    name = "middle_block.1.qkv.weight"
+    check_refused(tensors | {name: np.zeros(shape, np.float32)}, "middle_block.1.qkv.")
+
+
 @pytest.mark.parametrize(
     ("gone", "parts"),
     [
