@@ -11,7 +11,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion_jax import first_stages
@@ -19,7 +18,8 @@ from latent_diffusion_jax.first_stages import FirstStage
 from latent_diffusion_jax.models import tiling
 from latent_diffusion_jax.models.layers import NORM_STATISTICS
 from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.runtime.images import to_float, to_uint8
+from latent_diffusion_jax.runtime.images import to_float
+from latent_diffusion_jax.sampling import bounded, to_pictures
 
 
 class Autoencoder:
@@ -41,7 +41,8 @@ class Autoencoder:
         """uint8 images [B, H, W, C] -> the posterior's mean, not scaled, [B, H/f, W/f, c].
 
         Raises:
-          UserError: the channels are not the network's, or f does not divide height and width.
+          UserError: the channels are not the network's, f does not divide height and width, or
+            the latents are not finite.
         """
         network, factor = self.stage.network, self.stage.network.downsampling_factor
         if images.ndim != 4 or images.shape[-1] != network.image_channels:
@@ -55,20 +56,27 @@ class Autoencoder:
                 f"images of {width}x{height} pixels cannot be encoded: width and height must be "
                 f"multiples of the downsampling factor {factor}"
             )
-        return np.asarray(self._encode(self.stage.params, images))
+        latents = np.asarray(self._encode(self.stage.params, images))
+        if not np.isfinite(latents).all():
+            raise UserError(
+                "what the autoencoder encoded is not finite: its weights are damaged, or too large "
+                f"for {np.dtype(network.dtype).name}"
+            )
+        return latents
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Latents [B, h, w, c], not scaled -> uint8 images [B, h*f, w*f, C].
 
         Raises:
-          UserError: the channels are not the network's.
+          UserError: the channels are not the network's, or the images are not finite.
         """
         channels = self.stage.network.embed_dim
         if latents.ndim != 4 or latents.shape[-1] != channels:
             raise UserError(
                 f"latents of shape {latents.shape} do not fit; expected [B, h, w, {channels}]"
             )
-        return to_uint8(np.asarray(self._decode(self.stage.params, latents)))
+        images = np.asarray(self._decode(self.stage.params, latents))
+        return to_pictures(images, "what the autoencoder decoded", self.stage.network.dtype)
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """uint8 images [B, H, W, C] there and back; raises as `encode`."""
@@ -101,7 +109,7 @@ class Autoencoder:
             images = tiling.tiled_decode(lambda z: decode(z, statistics)[0], latents, **sizes)
         else:
             images = decode(latents, {})[0]
-        return jnp.clip(images, -1.0, 1.0)
+        return bounded(images)
 
     def _apply(self, params: Any, x: jax.Array, statistics: Any, method: str) -> tuple[Any, Any]:
         """(result, statistics of the normalisation); see `tiling.collage`."""

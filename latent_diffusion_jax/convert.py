@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags, logging
 
 from latent_diffusion_jax import first_stages, loading, saving
-from latent_diffusion_jax.runtime import loggers
+from latent_diffusion_jax.runtime import files, loggers
 from latent_diffusion_jax.runtime.commands import run
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.weights import autoencoders, lpips
@@ -66,7 +66,9 @@ def convert(
 def _open(source: pathlib.Path, num_groups: int | None) -> tuple[autoencoders.Loaded, int]:
     """A first stage, and the size of the images that it was trained on."""
     if not first_stages.is_workdir(source):
-        return autoencoders.load(source, num_groups), USUAL_SIZE
+        with files.unusable(source):
+            found = autoencoders.load(source, num_groups)
+        return found, USUAL_SIZE
     if num_groups is not None:
         raise UserError(f"--num_groups is for CompVis files; the workdir {source} has its own")
     stage = first_stages.open_first_stage(source)

@@ -44,6 +44,7 @@ from latent_diffusion_jax.runtime import checkpoints, files, images, loggers, pr
 from latent_diffusion_jax.runtime.commands import run
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.images import to_float
+from latent_diffusion_jax.sampling import bounded, to_pictures
 from latent_diffusion_jax.weights import inception as inception_weights
 from latent_diffusion_jax.weights import lpips as lpips_weights
 
@@ -72,13 +73,14 @@ def reconstruct(pipe: pipelines.Pipeline, pixels: np.ndarray) -> np.ndarray:
     @jax.jit
     def there_and_back(params: Any, batch: jax.Array) -> jax.Array:
         z = pipe.ldm.encode(params, to_float(batch), jnp.zeros(shape))
-        return jnp.clip(pipe.ldm.decode(params, z), -1.0, 1.0)
+        return bounded(pipe.ldm.decode(params, z))
 
     found = []
     for start in range(0, len(pixels), shape[0]):
         rows = np.minimum(np.arange(start, start + shape[0]), len(pixels) - 1)
-        batch = images.to_uint8(processes.fetch(there_and_back(pipe.params, pixels[rows])))
-        found.append(batch[: len(pixels) - start])
+        batch = processes.fetch(there_and_back(pipe.params, pixels[rows]))
+        pictures = to_pictures(batch, "what the first stage decoded", pipe.ldm.unet.dtype)
+        found.append(pictures[: len(pixels) - start])
     return np.concatenate(found)
 
 

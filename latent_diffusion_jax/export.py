@@ -12,6 +12,7 @@ same program: export again with --inputs_only.
 
 import pathlib
 import shutil
+import tempfile
 from typing import Any
 
 import jax
@@ -25,6 +26,8 @@ from latent_diffusion_jax.models.attention_kernels import no_kernels
 from latent_diffusion_jax.runtime import loggers
 from latent_diffusion_jax.runtime.commands import run
 from latent_diffusion_jax.runtime.errors import UserError, as_user_error
+from latent_diffusion_jax.runtime.files import check_folder, check_ordinary
+from latent_diffusion_jax.runtime.texts import first_line
 from latent_diffusion_jax.runtime.trees import flatten_names
 from latent_diffusion_jax.sampling import Request, make_draw, make_plan
 from latent_diffusion_jax.weights import files
@@ -36,12 +39,14 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 PLAN, CONDITION, NULL = "plan/", "condition/", "null_condition/"
 PROGRAM, WEIGHTS, INPUTS = "program.stablehlo", "weights.safetensors", "inputs.npz"
 LOADER = pathlib.Path(__file__).parent / "exported_draw.py"  # is copied beside the program
+LOADER_COPY = "draw.py"
 
 
 def program_of(model: Model, height: int, width: int) -> Any:
     """The sampler as a function of flat dictionaries, so that its loader needs no classes.
 
-    (weights {name: array}, inputs {name: array}, seeds uint32 [B]) -> uint8 [B, H, W, C]
+    (weights {name: array}, inputs {name: array}, seeds uint32 [B])
+      -> (uint8 [B, H, W, C], whether each image is finite [B])
     """
     draw = make_draw(model.ldm, height, width)
     plan = make_plan(model.ldm.schedule, model.ldm.prediction_type, model.settings)
@@ -52,7 +57,7 @@ def program_of(model: Model, height: int, width: int) -> Any:
 
     def program(
         weights: dict[str, jax.Array], inputs: dict[str, jax.Array], seeds: jax.Array
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, jax.Array]:
         def condition(prefix: str) -> dict[str, jax.Array]:
             return {
                 name.removeprefix(prefix): jax.numpy.broadcast_to(
@@ -64,7 +69,8 @@ def program_of(model: Model, height: int, width: int) -> Any:
 
         request = Request(seeds, condition(CONDITION), condition(NULL) or None)
         images, _ = draw(filled(model.params, weights), request, filled(plan, inputs, PLAN))
-        return jax.numpy.round((images + 1.0) * 127.5).astype(jax.numpy.uint8)
+        finite = jax.numpy.isfinite(images).all(axis=(1, 2, 3))  # levels cannot show it
+        return jax.numpy.round((images + 1.0) * 127.5).astype(jax.numpy.uint8), finite
 
     return program
 
@@ -119,14 +125,9 @@ def export(
     inputs = inputs_of(model, prompt, negative_prompt, max_chunks, label)
     if inputs_only:
         _check_same_shapes(inputs, out / INPUTS)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        np.savez(out / INPUTS, allow_pickle=False, **inputs)
-        if inputs_only:
-            return
-        shutil.copyfile(LOADER, out / "draw.py")
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from error
+        _write(out, inputs)
+        return
+    check_folder(out, str(out))
     weights = {name: np.asarray(leaf) for name, leaf in flatten_names(model.params).items()}
     with as_user_error("the program"):
         program = program_of(model, height, width)
@@ -134,20 +135,40 @@ def export(
     seeds = jax.ShapeDtypeStruct((batch_size,), np.uint32)
     with no_kernels():
         exported = jax.export.export(jax.jit(program), platforms=PLATFORMS)(*shapes, seeds)
-    files.write(out / WEIGHTS, weights)
+    _write(out, inputs, weights, bytes(exported.serialize()))
+
+
+def _write(
+    out: pathlib.Path,
+    inputs: dict[str, np.ndarray],
+    weights: dict[str, np.ndarray] | None = None,
+    program: bytes | None = None,
+) -> None:
+    """Puts files in their places once all of them are written: an older program that is there
+    must not be left with this one's inputs."""
     try:
-        (out / PROGRAM).write_bytes(exported.serialize())
+        with tempfile.TemporaryDirectory(dir=out, prefix=".partial-") as place:
+            partial = pathlib.Path(place)
+            if weights is not None and program is not None:
+                files.write(partial / WEIGHTS, weights)
+                (partial / PROGRAM).write_bytes(program)
+                shutil.copyfile(LOADER, partial / LOADER_COPY)
+            np.savez(partial / INPUTS, allow_pickle=False, **inputs)
+            for path in sorted(partial.iterdir()):
+                path.replace(out / path.name)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error
 
 
 def _check_same_shapes(inputs: dict[str, np.ndarray], path: pathlib.Path) -> None:
     try:
+        check_ordinary(path)
         with np.load(path, allow_pickle=False) as found:
             theirs = {name: found[name].shape for name in found.files}
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged archive raises anything
+        reason = first_line(error)
         raise UserError(
-            f"cannot read the inputs of an exported program, {path}: {error}"
+            f"cannot read the inputs of an exported program, {path}: {reason}"
         ) from error
     ours = {name: value.shape for name, value in inputs.items()}
     if ours != theirs:

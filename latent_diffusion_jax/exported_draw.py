@@ -20,7 +20,14 @@ def main(here: pathlib.Path, seed: int, out: str) -> None:
     }  # fmt: skip
     program = jax.export.deserialize(bytearray((here / "program.stablehlo").read_bytes()))
     seeds = np.arange(seed, seed + program.in_avals[-1].shape[0], dtype=np.uint32)
-    np.save(out, jax.jit(program.call)(weights, dict(np.load(here / "inputs.npz")), seeds))
+    inputs = dict(np.load(here / "inputs.npz"))
+    images, finite = jax.jit(program.call)(weights, inputs, seeds)
+    if not finite.all():
+        raise SystemExit(
+            "draw.py: what the model drew is no picture, but not finite: its weights are damaged, "
+            "or too large for their dtype"
+        )
+    np.save(out, images)
 
 
 if __name__ == "__main__":

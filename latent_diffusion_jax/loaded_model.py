@@ -13,12 +13,12 @@ from latent_diffusion_jax.ldm import LatentDiffusion
 from latent_diffusion_jax.models.clip_text import ClipTextEncoder
 from latent_diffusion_jax.models.text_transformer import TextTransformer
 from latent_diffusion_jax.models.unet import UNet
-from latent_diffusion_jax.runtime.errors import UserError
-from latent_diffusion_jax.sampling import Settings
-from latent_diffusion_jax.weights import autoencoders, schedulers, unets
+from latent_diffusion_jax.runtime.errors import UserError, as_user_error
+from latent_diffusion_jax.sampling import Settings, check
+from latent_diffusion_jax.weights import autoencoders, diffusers, schedulers, unets
 from latent_diffusion_jax.weights.text_encoders import Loaded
 
-USUAL_SETTINGS = {"steps": 50, "guidance_scale": 7.5}
+USUAL_STEPS, USUAL_SCALE = 50, 7.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def assembled(
     if first is not None:
         autoencoder = autoencoders.NETWORKS[first.kind](**first.fields)
         params["autoencoder"] = first.params
-        params["scale_factor"] = jnp.float32(scale_factor or 1.0)
+        params["scale_factor"] = jnp.float32(diffusers.checked_scale(scale_factor, where))
         channels = autoencoder.embed_dim
     extra = unet.in_channels - channels
     if extra not in (0, channels + 1):
@@ -106,7 +106,11 @@ def assembled(
     known = {field.name for field in dataclasses.fields(Settings)}
     if unknown := sorted(scheduler.settings.keys() - known):
         raise UserError(f"{where} is of another version: it has the setting {unknown[0]!r}")
-    settings = Settings(**USUAL_SETTINGS | scheduler.settings)
+    timesteps = scheduler.schedule.num_timesteps
+    usual = {"steps": min(USUAL_STEPS, timesteps), "guidance_scale": USUAL_SCALE}
+    settings = Settings(**usual | scheduler.settings)
+    with as_user_error(f"{where} says how to sample"):
+        check(settings, timesteps)
     if tokenizer is None and null_label is None:
         settings = dataclasses.replace(settings, guidance_scale=1.0)
     ldm = LatentDiffusion(

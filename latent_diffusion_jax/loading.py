@@ -12,7 +12,7 @@ from absl import flags
 from latent_diffusion_jax import build, conditions, first_stages, older_configs, published
 from latent_diffusion_jax.diffusion.process import PREDICTION_TYPES
 from latent_diffusion_jax.loaded_model import Model
-from latent_diffusion_jax.runtime import checkpoints, sharding
+from latent_diffusion_jax.runtime import checkpoints, files, sharding
 from latent_diffusion_jax.runtime.errors import UserError
 
 
@@ -34,11 +34,13 @@ def load_model(
         raise UserError(f"unknown dtype {dtype!r}; known: {', '.join(build.DTYPES)}")
     path = pathlib.Path(path).expanduser().absolute()
     if path.is_file():
-        model = published.load_file(
-            path, tokenizer, ema, num_heads, prediction_type, build.DTYPES[dtype]
-        )
+        with files.unusable(path):
+            model = published.load_file(
+                path, tokenizer, ema, num_heads, prediction_type, build.DTYPES[dtype]
+            )
     elif (path / published.INDEX_FILE).is_file():
-        model = published.load_folder(path, build.DTYPES[dtype])
+        with files.unusable(path):
+            model = published.load_folder(path, build.DTYPES[dtype])
     else:
         workdir, step = checkpoints.workdir_and_step(path, "diffusion")
         if not path.is_dir():

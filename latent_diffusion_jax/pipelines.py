@@ -28,7 +28,7 @@ from latent_diffusion_jax.runtime import processes, sharding
 from latent_diffusion_jax.runtime.compilation import compiler_options, use_persistent_cache
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.images import Picture
-from latent_diffusion_jax.sampling import Request, make_draw, make_plan
+from latent_diffusion_jax.sampling import Request, make_draw, make_plan, to_pictures
 
 
 class Pipeline:
@@ -259,13 +259,8 @@ class Pipeline:
                 batch[name] = value
             request = Request(**batch)
             found, steps = self._run(program, request, processes.put(plan, same), size)
-            images = processes.fetch(found)
-            if not np.isfinite(images).all():
-                raise UserError(
-                    "what the model drew is no picture, but not finite: its weights are damaged, "
-                    f"or too large for {np.dtype(self.ldm.unet.dtype).name}"
-                )
-            drawn.append(pictures.to_uint8(images)[: count - start])
+            images = to_pictures(processes.fetch(found), "what the model drew", self.ldm.unet.dtype)
+            drawn.append(images[: count - start])
             shown.append(pictures.to_uint8(processes.fetch(steps))[:, : count - start])
         return np.concatenate(drawn), np.concatenate(shown, axis=1)
 

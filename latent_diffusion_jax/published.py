@@ -35,6 +35,14 @@ KNOWN_PARTS = {"unet", "scheduler", "vae", "vqvae", "text_encoder", "bert", "tok
 TRAINED_TOKENIZER = "PreTrainedTokenizerFast"  # what transformers has for one trained here
 IMAGENET_CLASSES = 1000  # LDM's second model of them has one more, for none
 OPENCLIP_WIDTH = 1024  # of Stable Diffusion 2's context
+MAX_SIDE = 2**14  # of images and of latents that models were trained on
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    tokenizers.JSON_FILE,
+    *tokenizers.SETTINGS_FILES,
+)
 LDM_BERT = "cond_stage_model.transformer.token_emb.weight"  # in LDM's text-to-image files
 
 
@@ -93,9 +101,17 @@ def _trained_here(tokenizer: pathlib.Path) -> bool:
 def _unet_size(folder: pathlib.Path) -> int:
     """Latents a side that a UNet was trained on, by its config."""
     size = folders.read_config(folder).get("sample_size")
-    if isinstance(size, list | tuple):
-        size = size[0]
-    return int(size) if size else 64
+    sides = size if isinstance(size, list) else [64 if size is None else size]
+    if len(sides) not in (1, 2) or not all(map(_is_side, sides)):
+        raise UserError(
+            f"{folder / folders.CONFIG_FILE} has sample_size {size!r:.60}; it must be an integer "
+            f"of 1 to {MAX_SIDE}, or two"
+        )
+    return sides[0]
+
+
+def _is_side(number: object) -> bool:
+    return type(number) is int and 1 <= number <= MAX_SIDE
 
 
 def _factor(first: autoencoders.Loaded) -> int:
@@ -113,6 +129,7 @@ def load_file(
     """A whole model in one file of CompVis' code; arguments as for `loading.load_model`."""
     tensors, where = files.read(path), str(path)
     notes = single_files.read_notes(path)
+    _check_notes(notes, where)
     tensors = (single_files.with_average if ema else single_files.without_average)(tensors)
     first = autoencoders.from_compvis(tensors, where, dtype=dtype)
     heads = (num_heads, None) if num_heads else (notes.num_heads, notes.head_dim)
@@ -123,6 +140,9 @@ def load_file(
         network = ClassEmbedding(**text.fields)
         if network.num_classes == IMAGENET_CLASSES + 1:
             null_label = IMAGENET_CLASSES
+        _check_labels(notes, network.num_classes, where)
+    elif null_label is not None:
+        raise UserError(f"the metadata of {where} has a null_label, and its model no classes")
     elif unet.context_dim is not None:
         text, network = _text_of_file(tensors, where, notes.text_heads, dtype)
         words = _tokenizer_of_file(tokenizer, notes, network, where)
@@ -140,7 +160,8 @@ def load_file(
             )
     elif prediction_type not in PREDICTION_TYPES:
         raise UserError(
-            f"unknown prediction_type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}"
+            f"{where}: unknown prediction_type {prediction_type!r:.60}; known: "
+            f"{', '.join(PREDICTION_TYPES)}"
         )
     settings = {"sampler": "plms", "spacing": "leading", "offset": 1, "final": "first"}
     if prediction_type == "v":
@@ -154,10 +175,11 @@ def load_file(
     size = 256
     if isinstance(network, ClipTextEncoder):
         size = 768 if second and prediction_type == "v" else 512
+    scale = first.scaling_factor
     model = assembled(
         where,
         first,
-        first.scaling_factor or single_files.SCALE_FACTORS[first.kind],
+        single_files.SCALE_FACTORS[first.kind] if scale is None else scale,
         text,
         network,
         words,
@@ -167,6 +189,31 @@ def load_file(
         null_label,
     )
     return dataclasses.replace(model, label_names=notes.label_names)
+
+
+def _check_notes(notes: single_files.Notes, where: str) -> None:
+    """Raises UserError where notes have numbers that cannot be."""
+    for name in ("num_heads", "head_dim", "text_heads", "image_size"):
+        value = getattr(notes, name)
+        if value is not None and not _is_side(value):
+            raise UserError(
+                f"the metadata of {where} has {name} {value!r:.60}; it must be an integer of 1 to "
+                f"{MAX_SIDE}"
+            )
+
+
+def _check_labels(notes: single_files.Notes, num_classes: int, where: str) -> None:
+    """Raises UserError where notes are of other classes than the embedding of them."""
+    if notes.null_label not in (None, num_classes - 1):
+        raise UserError(
+            f"the metadata of {where} has null_label {notes.null_label!r:.60}; for no class it has "
+            f"the last one, {num_classes - 1}"
+        )
+    if len(notes.label_names) > num_classes:
+        raise UserError(
+            f"the metadata of {where} names {len(notes.label_names)} classes; it embeds "
+            f"{num_classes}"
+        )
 
 
 def _text_of_file(
@@ -189,12 +236,7 @@ def _tokenizer_of_file(
     """The tokenizer of a single file's text encoder: the folder's, or what the notes hold."""
     of_clip = isinstance(network, ClipTextEncoder)
     if folder is None and notes.tokenizer:
-        with tempfile.TemporaryDirectory() as place:
-            for name, text in notes.tokenizer.items():
-                if pathlib.PurePath(name).name != name:
-                    raise UserError(f"the metadata of {where} names a file {name!r}")
-                (pathlib.Path(place) / name).write_text(text, encoding="utf-8")
-            return _tokenizer_of_file(place, notes, network, where)
+        return _tokenizer_of_notes(notes, network, where)
     if folder is None:
         raise UserError(
             f"{where} holds no tokenizer, as only files that were written here do: give "
@@ -211,3 +253,29 @@ def _tokenizer_of_file(
             f"{where} needs one that pads with '!', as Stable Diffusion 2's does"
         )
     return words
+
+
+def _tokenizer_of_notes(
+    notes: single_files.Notes, network: TextTransformer | ClipTextEncoder, where: str
+) -> PromptTokenizer:
+    """The tokenizer whose files are in a single file's metadata; its library reads folders."""
+    source = f"the metadata of {where}"
+    with tempfile.TemporaryDirectory() as place:
+        for name, text in notes.tokenizer.items():
+            if name not in TOKENIZER_FILES:
+                raise UserError(
+                    f"{source} has a tokenizer's file {name!r:.60}; known are "
+                    f"{', '.join(TOKENIZER_FILES)}"
+                )
+            try:
+                content = text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise UserError(
+                    f"the tokenizer's {name} in {source} is no text: {error}"
+                ) from error
+            (pathlib.Path(place) / name).write_bytes(content)
+        try:
+            return _tokenizer_of_file(place, notes, network, where)
+        except UserError as error:  # the folder is gone when somebody reads of it
+            said = str(error).replace(place, source)
+            raise UserError(said if source in said else f"{source}: {said}") from error

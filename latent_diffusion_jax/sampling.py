@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -9,14 +10,20 @@ import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from latent_diffusion_jax.conditioning.base import Cond
 from latent_diffusion_jax.diffusion import plan as plans
 from latent_diffusion_jax.diffusion.guidance import classifier_free, unguided
+from latent_diffusion_jax.diffusion.noise_levels import FINAL, SIGMAS, SPACINGS
 from latent_diffusion_jax.diffusion.plan import Plan
 from latent_diffusion_jax.diffusion.samplers import SAMPLERS, plan_sampler
 from latent_diffusion_jax.diffusion.schedules import NoiseSchedule
+from latent_diffusion_jax.diffusion.solvers import VARIANCES
 from latent_diffusion_jax.ldm import Inputs, LatentDiffusion, Params
+from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.images import to_uint8
 from latent_diffusion_jax.runtime.randomness import normal_per_key
 
 
@@ -53,6 +60,57 @@ class Settings:
     clip: float = 0.0
 
 
+def check(settings: Settings, num_timesteps: int) -> None:
+    """Raises ValueError where a setting is of another type, unknown or out of its range."""
+    for name in ("steps", "offset"):
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise ValueError(f"{name} must be an integer, got {value!r:.60}")
+    for name in ("guidance_scale", "guidance_rescale", "eta", "clip"):
+        value = getattr(settings, name)
+        if not _is_number(value) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r:.60}")
+    if not isinstance(settings.epsilon_of_clipped, bool):
+        raise ValueError(
+            f"epsilon_of_clipped must be true or false, got {settings.epsilon_of_clipped!r:.60}"
+        )
+    for name, what, known in (
+        ("sampler", "sampler", tuple(SAMPLERS)),
+        ("variance", "variance", VARIANCES),
+        ("spacing", "timestep spacing", ("", *SPACINGS)),
+        ("sigmas", "sigmas", SIGMAS),
+        ("final", "final level", FINAL),
+    ):
+        value = getattr(settings, name)
+        if not isinstance(value, str) or value not in known:
+            raise ValueError(
+                f"unknown {what} {value!r:.60}; known: {', '.join(filter(None, known))}"
+            )
+    interval = settings.guidance_interval
+    if not isinstance(interval, tuple | list) or [*map(_is_number, interval)] != [True, True]:
+        raise ValueError(f"guidance_interval must be two numbers, got {interval!r:.60}")
+    low, high = interval
+    for name, value, most in (
+        ("eta", settings.eta, 1.0),
+        ("guidance_rescale", settings.guidance_rescale, 1.0),
+        ("guidance_interval's start", low, high),
+        ("guidance_interval's end", high, 1.0),
+    ):
+        if not 0.0 <= value <= most:
+            raise ValueError(f"{name} must be in [0, {most:g}], got {value}")
+    for name, value in (("offset", settings.offset), ("clip", settings.clip)):
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+    if not 1 <= settings.steps <= num_timesteps:
+        raise ValueError(
+            f"number of sampling steps must be in 1..{num_timesteps}, got {settings.steps}"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def make_plan(
     schedule: NoiseSchedule,
     prediction_type: str,
@@ -71,18 +129,8 @@ def make_plan(
     Raises:
       ValueError: a setting is unknown or out of its range, or does not fit the model.
     """
-    if not math.isfinite(settings.guidance_scale):
-        raise ValueError(f"guidance_scale must be a finite number, got {settings.guidance_scale}")
-    low, high = settings.guidance_interval
-    for name, value, most in (
-        ("eta", settings.eta, 1.0),
-        ("guidance_rescale", settings.guidance_rescale, 1.0),
-        ("guidance_interval's start", low, high),
-        ("guidance_interval's end", high, 1.0),
-    ):
-        if not 0.0 <= value <= most:
-            raise ValueError(f"{name} must be in [0, {most:g}], got {value}")
-    options = SAMPLERS[settings.sampler].options if settings.sampler in SAMPLERS else ()
+    check(settings, schedule.num_timesteps)
+    options = SAMPLERS[settings.sampler].options
     plan = plan_sampler(
         settings.sampler,
         schedule,
@@ -195,14 +243,38 @@ def make_draw(
         z_0, shown = plans.sample(
             predict, z, plan, step_keys, constrain=constrain, num_previews=num_previews
         )
-        images = jnp.clip(ldm.decode(params, z_0), -1.0, 1.0)
+        images = bounded(ldm.decode(params, z_0))
         if num_previews:
-            shown = jax.lax.map(lambda z: jnp.clip(ldm.decode(params, z), -1.0, 1.0), shown)
+            shown = jax.lax.map(lambda z: bounded(ldm.decode(params, z)), shown)
         else:
             shown = jnp.zeros((0, *images.shape))
         return images, shown
 
     return draw
+
+
+def bounded(images: jax.Array) -> jax.Array:
+    """Images within [-1, 1]; NaN where they are not finite, as infinity would become white."""
+    return jnp.where(jnp.isfinite(images), jnp.clip(images, -1.0, 1.0), jnp.nan)
+
+
+def to_pictures(images: np.ndarray, whose: str, dtype: DTypeLike) -> np.ndarray:
+    """Images in [-1, 1] as uint8.
+
+    Args:
+      images: of any shape.
+      whose: they are, to begin a message with.
+      dtype: that they were computed in.
+
+    Raises:
+      UserError: they are not finite.
+    """
+    if not np.isfinite(images).all():
+        raise UserError(
+            f"{whose} is no picture, but not finite: its weights are damaged, or too large for "
+            f"{np.dtype(dtype).name}"
+        )
+    return to_uint8(images)
 
 
 def _starting_noise(request: Request, keys: jax.Array, shape: tuple[int, int, int]) -> jax.Array:

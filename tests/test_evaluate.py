@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from latent_diffusion_jax import build, evaluate
+from latent_diffusion_jax import build, evaluate, pipelines
 from latent_diffusion_jax.evaluation.precision_recall import precision_recall
 from latent_diffusion_jax.evaluation.real_images import grey_features, read_split
 from latent_diffusion_jax.runtime.errors import UserError
@@ -33,6 +33,17 @@ def test_command_measures_and_writes(trained_workdir):
     rows = map(json.loads, (trained_workdir / "metrics.jsonl").open())
     trained = [row["test/psnr"] for row in rows if "test/psnr" in row][-1]
     assert abs(figures["psnr"] - trained) < 1.5
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_reconstructions_that_are_no_numbers_have_no_figures(trained_workdir, value):
+    pipe = pipelines.load(trained_workdir)
+    pipe.params["autoencoder"]["decoder"]["conv_out"]["bias"] *= 0
+    pipe.params["autoencoder"]["decoder"]["conv_out"]["bias"] += value
+    with pytest.raises(UserError, match="the first stage decoded is no picture, but not finite"):
+        evaluate.reconstruct(pipe, np.zeros((1, 32, 32, 3), np.uint8))
+    with pytest.raises(UserError, match="the model drew is no picture, but not finite"):
+        pipe("a duck", steps=1)
 
 
 def test_samples_must_divide_by_the_classes(trained_workdir):

@@ -1,9 +1,12 @@
 """The exported program draws what the pipeline draws, with nothing but JAX installed."""
 
+import dataclasses
+import errno
 import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -35,6 +38,71 @@ def draw(folder, seed, out):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return np.load(out)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_pipeline(folder)
+    return with_settings(loading.load_model(folder), steps=2)
+
+
+OPTIONS = dict(prompt="a", negative_prompt="", batch_size=1, height=32, width=32, max_chunks=1)
+
+
+def test_what_is_not_finite_is_not_drawn(model, tmp_path):
+    decoder = jax.tree.map(lambda x: x * np.nan, model.params["autoencoder"]["decoder"])
+    autoencoder = model.params["autoencoder"] | {"decoder": decoder}
+    damaged = dataclasses.replace(model, params=model.params | {"autoencoder": autoencoder})
+    export.export(damaged, tmp_path / "out", **OPTIONS)
+    with pytest.raises(AssertionError, match="drew is no picture, but not finite"):
+        draw(tmp_path / "out", 0, tmp_path / "a.npy")
+    assert not (tmp_path / "a.npy").exists()
+
+
+def test_a_failed_export_leaves_the_older_one(model, tmp_path, monkeypatch):
+    names = {"draw.py", "inputs.npz", "program.stablehlo", "weights.safetensors"}
+    for name in names:
+        (tmp_path / name).write_text("older")
+    with pytest.raises(UserError, match="the program: height and width must be multiples of"):
+        export.export(model, tmp_path, **OPTIONS | {"height": 7})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        names, "older"
+    )
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(UserError, match=f"cannot write to {tmp_path}: No space left"):
+        export.export(model, tmp_path, **OPTIONS)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        names, "older"
+    )
+
+
+def damaged_inputs(path, kind):
+    if kind == "npy":
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3))
+    elif kind == "cut":
+        np.savez(path, a=np.zeros(1000))
+        path.write_bytes(path.read_bytes()[:500])
+    elif kind == "pickle":
+        np.savez(path, a=np.array([{}]))
+    elif kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_bytes(kind.encode())
+
+
+@pytest.mark.parametrize(
+    "kind", ["", "PK\x03\x04 damaged", "cut", "npy", "pickle", "folder", "missing"]
+)
+def test_damaged_inputs_are_named(model, tmp_path, kind):
+    damaged_inputs(tmp_path / "inputs.npz", kind)
+    with pytest.raises(UserError, match=r"cannot read the inputs of an exported.*inputs\.npz: "):
+        export.export(model, tmp_path, **OPTIONS, inputs_only=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])

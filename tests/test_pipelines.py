@@ -11,6 +11,7 @@ from PIL import Image
 
 import latent_diffusion_jax
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.weights import schedulers
 from tests.stable_diffusion_files import make_pipeline
 
 PROMPT, NEGATIVE = "a photo of a red circle", "blue"
@@ -271,6 +272,42 @@ def test_unsupported_schedulers_are_replaced_or_refused(copy):
         latent_diffusion_jax.load(copy)
     config.write_text(json.dumps(values | {"_class_name": "LMSDiscreteScheduler"}))
     assert latent_diffusion_jax.load(copy).model.settings.sampler == "ddim"
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("unet", {"sample_size": "abc"}, "config.json has sample_size 'abc'; .* of 1 to 16384, or"),
+        ("unet", {"sample_size": []}, r"has sample_size \[\]"),
+        ("unet", {"sample_size": {}}, "has sample_size {}"),
+        ("unet", {"sample_size": float("inf")}, "has sample_size inf"),
+        ("unet", {"sample_size": -64}, "has sample_size -64"),
+        ("unet", {"sample_size": 10**9}, "has sample_size 1000000000"),
+        ("unet", {"sample_size": [8, "8"]}, r"has sample_size \[8, '8'\]"),
+        ("vae", {"scaling_factor": 0}, "has scaling_factor 0; it must be a finite number above 0"),
+        ("vae", {"scaling_factor": -1}, "has scaling_factor -1; it must be"),
+        ("vae", {"scaling_factor": float("nan")}, "has scaling_factor nan; it must be"),
+        ("vae", {"scaling_factor": 10**400}, "has scaling_factor 1000"),
+        ("vae", {"scaling_factor": 1e-60}, "has scaling_factor 1e-60; it must be"),  # 0 in float32
+        ("vae", {"scaling_factor": True}, "has scaling_factor True; it must be"),
+        ("vae", {"mid_block_add_attention": "false"}, "has mid_block_add_attention 'false'; it"),
+        ("scheduler", {"steps_offset": -5}, "scheduler_config.json has steps_offset -5"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(copy, part, change, said):
+    path = copy / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=said):
+        latent_diffusion_jax.load(copy)
+
+
+def test_whatever_a_folder_raises_is_one_error_with_its_path(copy, monkeypatch):
+    def fail(*_):
+        raise KeyError("surprise\nand more")
+
+    monkeypatch.setattr(schedulers, "read_config", fail)
+    with pytest.raises(UserError, match=rf"^cannot use {copy}: KeyError: 'surprise"):
+        latent_diffusion_jax.load(copy)
 
 
 def test_folders_that_are_no_models_are_refused(tmp_path):

@@ -5,6 +5,8 @@ import os
 import jax
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from latent_diffusion_jax import autoencoding, first_stages
@@ -74,6 +76,30 @@ def test_what_does_not_fit_is_named(trained_workdir, tmp_path):
     Image.new("RGB", (3, 50)).save(tmp_path / "thin.png")
     with pytest.raises(UserError, match=r"thin\.png has less than 4 pixels a side"):
         reconstruct(str(trained_workdir), str(tmp_path / "thin.png"), "x.png")
+
+
+def test_weights_that_are_too_large_give_no_picture(tmp_path):
+    vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4)
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.fill_(3e38)
+    vae.save_pretrained(tmp_path / "vae")
+    Image.fromarray(pattern(32, 32)[0]).save(tmp_path / "in.png")
+    with pytest.raises(UserError, match=r"decoded is no picture, but not finite.*for float32"):
+        reconstruct(*(str(tmp_path / name) for name in ("vae", "in.png", "out.png")))
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_give_no_picture(trained_workdir, value):
+    autoencoder = autoencoding.load(trained_workdir)
+    decoder, encoder = (autoencoder.stage.params[name] for name in ("decoder", "encoder"))
+    latents = autoencoder.encode(pattern(32, 32))
+    decoder["conv_out"]["bias"] += value
+    with pytest.raises(UserError, match=r"decoded is no picture, but not finite.*for float32"):
+        autoencoder.decode(latents)
+    encoder["conv_out"]["bias"] += value
+    with pytest.raises(UserError, match="encoded is not finite: its weights are damaged"):
+        autoencoder.encode(pattern(32, 32))
 
 
 def test_a_tiled_program_needs_the_memory_of_a_tile(trained_workdir):

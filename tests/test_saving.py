@@ -1,6 +1,7 @@
 """Whole models out of the package and back: diffusers' pipelines draw the same pictures."""
 
 import json
+import tempfile
 
 import diffusers
 import jax
@@ -94,7 +95,38 @@ def test_single_files_written_here_need_no_arguments(single_file):
         ({"settings": {"speed": 1}}, "of another version: it has the setting 'speed'"),
         ({"num_heads": 3}, "num_heads=3 does not divide"),
         ({"prediction_type": "w"}, "unknown prediction_type 'w'"),
-        ({"tokenizer": {"../evil.json": "{}"}}, r"names a file '\.\./evil\.json'"),
+        ({"tokenizer": {"../evil.json": "{}"}}, r"has a tokenizer's file '\.\./evil\.json'"),
+        ({"tokenizer": {"..": "{}"}}, r"has a tokenizer's file '\.\.'; known are vocab\.json"),
+        ({"tokenizer": {"": "{}"}}, "has a tokenizer's file ''; known"),
+        ({"tokenizer": {"a\0": "{}"}}, r"has a tokenizer's file 'a\\x00'; known"),
+        ({"tokenizer": {"a\ud800": "{}"}}, r"has a tokenizer's file 'a\\ud800'; known"),
+        ({"tokenizer": {"a" * 300: "{}"}}, "has a tokenizer's file 'a{59}; known"),
+        (
+            {"tokenizer": {"vocab.json": "\ud800"}},
+            "vocab.json in the metadata of .*changed",
+        ),
+        ({"tokenizer": {"tokenizer.json": "{"}}, "the tokenizer in the metadata of .*changed"),
+        (
+            {"tokenizer": {"vocab.txt": "a"}},
+            "the metadata of .*changed.* holds no CLIPTok",
+        ),
+        ({"settings": {"guidance_scale": "x"}}, "guidance_scale must be a finite number, got 'x'"),
+        ({"settings": {"guidance_interval": 5}}, "guidance_interval must be two numbers, got 5"),
+        ({"settings": {"guidance_interval": [0]}}, "guidance_interval must be two numbers"),
+        (
+            {"settings": {"sampler": {}}},
+            "changed.* says how to sample: unknown sampler {}",
+        ),
+        ({"settings": {"steps": "50"}}, "steps must be an integer, got '50'"),
+        ({"settings": {"steps": 1001}}, r"number of sampling steps must be in 1\.\.1000, got 1001"),
+        ({"settings": {"eta": None}}, "eta must be a finite number, got None"),
+        ({"settings": {"clip": -1}}, "clip must not be negative, got -1"),
+        ({"settings": {"offset": -5}}, "offset must not be negative, got -5"),
+        ({"settings": {"spacing": 3}}, "unknown timestep spacing 3; known: trailing"),
+        ({"settings": {"epsilon_of_clipped": "no"}}, "epsilon_of_clipped must be true or false"),
+        ({"image_size": 0}, "has image_size 0; it must be an integer of 1 to 16384"),
+        ({"null_label": 3}, "the metadata of .* has a null_label, and its model no classes"),
+        ({"num_heads": 0}, "has num_heads 0; it must be an integer of 1 to 16384"),
     ],
 )
 def test_damaged_notes_are_refused(single_file, tmp_path, change, said):
@@ -104,8 +136,19 @@ def test_damaged_notes_are_refused(single_file, tmp_path, change, said):
         notes = json.loads(found.metadata()["latent_diffusion_jax"])
     path = tmp_path / "changed.safetensors"
     save_file(load_file(noted), path, {"latent_diffusion_jax": json.dumps(notes | change)})
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as error:
         loading.load_model(path)
+    assert tempfile.gettempdir() + "/tmp" not in str(error.value)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.18215, np.nan, np.inf, 1e-300])
+def test_a_scale_that_is_none_is_refused(single_file, tmp_path, scale):
+    noted = load_file(single_file[1].parent / "noted.safetensors")
+    save_file(noted | {"scale_factor": np.array(scale)}, tmp_path / "changed.safetensors")
+    with pytest.raises(UserError, match=r"changed\.safetensors has .*(above 0|positive)"):
+        loading.load_model(
+            tmp_path / "changed.safetensors", tokenizer=single_file[0] / "tokenizer", num_heads=2
+        )
 
 
 def test_single_files_hold_the_same_model(single_file):

@@ -65,10 +65,13 @@ def spaced_timesteps(
       [S], float64.
 
     Raises:
-      ValueError: num_steps is not in 1 .. T, or the spacing is unknown or has no such list.
+      ValueError: num_steps is not in 1 .. T, the offset is negative, or the spacing is unknown or
+        has no such list.
     """
     if not 1 <= num_steps <= num_timesteps:
         raise ValueError(f"number of sampling steps must be in 1..{num_timesteps}, got {num_steps}")
+    if offset < 0:  # timesteps below 0 would be taken for the last ones
+        raise ValueError(f"offset of timesteps must not be negative, got {offset}")
     parts = num_steps + one_more
     if spacing == "trailing":
         found = np.round(num_timesteps - np.arange(num_steps) * (num_timesteps / num_steps)) - 1
@@ -86,7 +89,7 @@ def spaced_timesteps(
         found = (np.linspace(0, (0.8 * num_timesteps) ** 0.5, num_steps) ** 2).astype(int)[::-1] + 1
     else:
         raise ValueError(f"unknown timestep spacing {spacing!r}; known: {', '.join(SPACINGS)}")
-    if found[0] >= num_timesteps or (np.diff(found) >= 0).any():
+    if found[0] >= num_timesteps or found[-1] < 0 or (np.diff(found) >= 0).any():
         raise ValueError(
             f"{spacing} spacing has no list of {num_steps} steps for {num_timesteps} timesteps"
         )

@@ -67,6 +67,12 @@ def test_impossible_numbers_of_steps_are_errors(num_steps):
         spaced_timesteps(1000, num_steps)
 
 
+@pytest.mark.parametrize("offset", [-1, -5, -500])
+def test_timesteps_below_zero_are_errors(offset):
+    with pytest.raises(ValueError, match=rf"must not be negative, got {offset}"):
+        spaced_timesteps(1000, 50, "leading", offset)
+
+
 def test_levels_lie_on_the_unit_circle_and_end_where_asked():
     for sigmas in ("schedule", "karras"):
         levels = noise_levels(SCHEDULE, spaced_timesteps(1000, 10), sigmas)
