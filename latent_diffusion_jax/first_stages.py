@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +21,10 @@ from latent_diffusion_jax.models.autoencoder import (
     AutoencoderVQ,
     param_shapes,
 )
-from latent_diffusion_jax.runtime import checkpoints, processes, sharding, trees
+from latent_diffusion_jax.runtime import checkpoints, files, processes, sharding, trees
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.runtime.images import to_float
-from latent_diffusion_jax.training.loop import in_order
+from latent_diffusion_jax.training.batches import in_order
 from latent_diffusion_jax.training.state import State
 from latent_diffusion_jax.weights import autoencoders
 
@@ -88,7 +88,8 @@ def open_first_stage(path: str | pathlib.Path, mesh: jax.sharding.Mesh | None = 
         raise UserError(f"first stage {path} does not exist")
     if step is not None:
         return _open_workdir(workdir, step, mesh)
-    loaded = autoencoders.load(path)
+    with files.unusable(path):
+        loaded = autoencoders.load(path)
     network = build.AUTOENCODERS[loaded.kind](**loaded.fields)
     params = processes.put(loaded.params, sharding.state_sharding(loaded.params, mesh))
     scale = loaded.scaling_factor
@@ -134,7 +135,12 @@ def load_frozen(
 
 
 def measure_scale(
-    config: ConfigDict, source: Examples, mesh: jax.sharding.Mesh, network: Any, params: Any
+    config: ConfigDict,
+    source: Examples,
+    mesh: jax.sharding.Mesh,
+    network: Any,
+    params: Any,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> float:
     """1 / standard deviation of the latents over training images (LDM, appendix G).
 
@@ -144,6 +150,10 @@ def measure_scale(
       mesh: where the parameters are.
       network: the autoencoder.
       params: its parameters.
+      should_stop: asked before every batch.
+
+    Raises:
+      Stopped: a process was asked to stop.
     """
     section, prepare = config.first_stage, build.example_maker(config)
 
@@ -158,7 +168,9 @@ def measure_scale(
         return z.mean((1, 2, 3)), (z**2).mean((1, 2, 3))
 
     totals, count = np.zeros(2), 0
-    for batch, valid in in_order(source, prepare, mesh, section.batch_size, section.scale_examples):
+    for batch, valid in in_order(
+        source, prepare, mesh, section.batch_size, section.scale_examples, should_stop
+    ):
         found = sharding.over(mesh, moments)(params, batch)
         totals += [np.asarray(x, np.float64)[:valid].sum() for x in found]
         count += valid
@@ -190,10 +202,15 @@ def adopt(config: ConfigDict, workdir: pathlib.Path, params: Any, scale_factor: 
 
 
 def encoder_fingerprint(params: Any) -> str:
-    """SHA-256 of the parameters that make an autoencoder's latents; decoders may differ."""
+    """`fingerprint` of the parameters that make an autoencoder's latents; decoders may differ."""
+    return fingerprint({part: params[part] for part in ENCODER})
+
+
+def fingerprint(parts: Mapping[str, Any]) -> str:
+    """SHA-256 of trees of parameters, by name."""
     digest = hashlib.sha256()
-    for part in ENCODER:
-        for name, leaf in sorted(trees.flatten_names(params[part]).items()):
+    for part, tree in parts.items():
+        for name, leaf in sorted(trees.flatten_names(tree).items()):
             array = processes.fetch(leaf)
             array = np.ascontiguousarray(array, np.dtype(np.float32).newbyteorder("<"))
             digest.update(f"{part}/{name} {array.shape}".encode())

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,10 +24,10 @@ from latent_diffusion_jax import (
     build,
     conditions,
     first_stages,
-    older_configs,
     starting_points,
+    workdirs,
 )
-from latent_diffusion_jax.config_checks import check_config
+from latent_diffusion_jax.config_checks import STAGES, check_config
 from latent_diffusion_jax.data.latents import LatentSource
 from latent_diffusion_jax.data.pipeline import Examples
 from latent_diffusion_jax.first_stages import FirstStage
@@ -42,45 +42,16 @@ from latent_diffusion_jax.runtime import (
     sharding,
     trees,
 )
-from latent_diffusion_jax.runtime.commands import StopRequest, differences, run
+from latent_diffusion_jax.runtime.commands import StopRequest, run
 from latent_diffusion_jax.runtime.compilation import use_persistent_cache
-from latent_diffusion_jax.runtime.errors import StorageError, UserError, as_user_error
+from latent_diffusion_jax.runtime.errors import UserError, as_user_error
 from latent_diffusion_jax.runtime.memory import keep_freed_memory
+from latent_diffusion_jax.runtime.stopping import Stopped
 from latent_diffusion_jax.training import autoencoder_stage, diffusion_stage, loop
 from latent_diffusion_jax.training.keeper import Keeping
 from latent_diffusion_jax.training.state import Stage, State
 
 FLAGS = flags.FLAGS
-
-# Keys that may change between calls in one workdir: they do not change what is learned, but for
-# num_steps, which makes a run longer (the learning rate then follows the new length).
-FREE_KEYS = (
-    "stages",
-    "mesh.",
-    "accumulation",  # of the second stage: the first one's discriminator sees micro-batches
-    "unet.remat",
-    "first_stage.autoencoder.remat",
-    "log_every",
-    "eval_every",
-    "eval_examples",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "keep_every",
-    "keep_best",
-    "first_stage.keep_best",
-    "grace_seconds",
-    "max_skipped_steps",
-    "profile.",
-    "sample.",
-    "num_steps",
-    "data.num_threads",
-    "data.retry_seconds",
-    "data.data_dir",
-    "data.check_images",
-    "data.latents",
-    "clip.",  # its copy in the workdir is used
-    "init_from",  # it has started
-)
 
 
 def train(
@@ -103,13 +74,34 @@ def train(
             "mounted, see launch/README.md"
         )
     workdir = pathlib.Path(workdir).expanduser().absolute()
+    for name in STAGES:
+        if checkpoints.workdir_and_step(workdir, name)[0] != workdir:
+            raise UserError(f"--workdir={workdir} is a checkpoint; give the folder of its run")
     with as_user_error("the config does not fit the networks"):
         check_config(config)
     mesh = sharding.make_mesh(dict(config.mesh))
     check_batch_sizes(config, mesh)
     distributed.meet(mesh)
+    try:
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from error
+    with locks.claimed(workdir) as check_claim:
+        return _train(config, workdir, mesh, should_stop, compiled, check_claim)
+
+
+def _train(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    mesh: jax.sharding.Mesh,
+    should_stop: Callable[[], bool],
+    compiled: pathlib.Path | None,
+    check_claim: Callable[[], None],
+) -> bool:
     as_json = json.loads(config.to_json())
-    check_workdir(as_json, workdir)
+    workdirs.check_config(as_json, workdir)
+    workdirs.check_first_stage(as_json, workdir)
     sections = {"first_stage": config.get("first_stage"), "diffusion": config}
     last = {name: checkpoints.latest_step(workdir / name) or 0 for name in config.stages}
     processes.agreed({f"the last checkpoint of {name}": step for name, step in last.items()})
@@ -125,6 +117,11 @@ def train(
             saved_programs.check(compiled / name)
     start = starting_points.autoencoder(config, workdir, unfinished, mesh)
     sources = open_sources(config, unfinished, start)
+    if last.get("first_stage") and unfinished == ["diffusion"]:
+        folder, ours = workdir / "first_stage", sources["diffusion"][0]
+        theirs = checkpoints.read_json(folder, last["first_stage"], "info").get("source", {})
+        if theirs.get("kind") == loop.described(ours)["kind"]:
+            loop.check_same_data(theirs, ours, folder)
 
     # All stages are built, as shapes, before the first one is trained.
     stages: dict[str, Stage] = {}
@@ -148,57 +145,49 @@ def train(
         given = starting_points.trained_params(trained, model, config.init_from)
         del model  # its other parts take memory
 
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            checkpoints.write_json(workdir / "config.json", as_json)
-    except OSError as error:
-        raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from error
-    main_process = jax.process_index() == 0
-    with locks.alone_in(workdir) if main_process else contextlib.nullcontext():
-        if processes.num_processes() > 1:
-            use_persistent_cache(workdir / "compiled")  # which all of them see
-        shared = loop.Run(
-            workdir=workdir,
-            mesh=mesh,
-            train_source=sources[unfinished[0]][0],
-            test_source=sources[unfinished[0]][1],
-            config=as_json,
-            should_stop=should_stop,
-            seed=config.seed,
-            num_threads=config.data.num_threads,
-            log_every=config.log_every,
-            eval_every=config.eval_every,
-            eval_examples=config.eval_examples,
-            checkpoint_every=config.checkpoint_every,
-            keeping=Keeping(config.keep_checkpoints, config.keep_every),
-            max_skipped_steps=config.max_skipped_steps,
-            profile=(config.profile.after, config.profile.steps),
-            compiled=compiled,
-        )
-        log_summary(shared, config, shapes)
+    if jax.process_index() == 0:
+        checkpoints.write_json(workdir / "config.json", as_json)
+    if processes.num_processes() > 1:
+        use_persistent_cache(workdir / "compiled")  # which all of them see
+    shared = loop.Run(
+        workdir=workdir,
+        mesh=mesh,
+        train_source=sources[unfinished[0]][0],
+        test_source=sources[unfinished[0]][1],
+        config=as_json,
+        should_stop=should_stop,
+        check_claim=check_claim,
+        seed=config.seed,
+        num_threads=config.data.num_threads,
+        log_every=config.log_every,
+        eval_every=config.eval_every,
+        eval_examples=config.eval_examples,
+        checkpoint_every=config.checkpoint_every,
+        keeping=Keeping(config.keep_checkpoints, config.keep_every),
+        max_skipped_steps=config.max_skipped_steps,
+        profile=(config.profile.after, config.profile.steps),
+        compiled=compiled,
+    )
+    log_summary(shared, config, shapes)
+    with contextlib.suppress(Stopped):  # which is said below
         if start is not None and "first_stage" not in unfinished:
             adopt_first_stage(shared, config, start)
-        for name in unfinished:
-            if processes.highest(should_stop()):
-                logging.info(
-                    "stopped before the stage %s; the same command goes on from there", name
-                )
-                return False
-            if name == "first_stage":
-                finished = train_first_stage(shared, config, stages[name], perceptual, start)
-            else:
-                assert parts is not None
-                train_source, test_source = sources[name]
-                shared = dataclasses.replace(
-                    shared, train_source=train_source, test_source=test_source
-                )
-                finished = train_diffusion(shared, config, stages[name], parts, given)
-            if not finished:
-                return False
-        logging.info("done: checkpoints and config in %s, scalars in metrics.jsonl there,", workdir)
-        logging.info("scalars and pictures: tensorboard --logdir=%s/tensorboard", workdir)
-        return True
+    for name in unfinished:
+        if processes.highest(should_stop()):
+            logging.info("stopped before the stage %s; the same command goes on from there", name)
+            return False
+        if name == "first_stage":
+            finished = train_first_stage(shared, config, stages[name], perceptual, start)
+        else:
+            assert parts is not None
+            train_source, test_source = sources[name]
+            shared = dataclasses.replace(shared, train_source=train_source, test_source=test_source)
+            finished = train_diffusion(shared, config, stages[name], parts, given)
+        if not finished:
+            return False
+    logging.info("done: checkpoints and config in %s, scalars in metrics.jsonl there,", workdir)
+    logging.info("scalars and pictures: tensorboard --logdir=%s/tensorboard", workdir)
+    return True
 
 
 def check_batch_sizes(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
@@ -211,29 +200,6 @@ def check_batch_sizes(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     if "diffusion" in config.stages:
         key = "batch_size / accumulation" if config.accumulation > 1 else "batch_size"
         sharding.check_batch_size(config.batch_size // config.accumulation, mesh, key)
-
-
-def check_workdir(config: dict[str, Any], workdir: pathlib.Path) -> None:
-    """Raises UserError where the workdir holds a run with another config."""
-    path = workdir / "config.json"
-    if not path.exists():
-        return
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
-    try:
-        theirs = older_configs.upgraded(json.loads(text))
-        different = differences(theirs, config, FREE_KEYS)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if different:
-        raise UserError(
-            f"workdir {workdir} holds another config's run; they differ in {different}. "
-            "Take another --workdir, or the config of that run"
-        )
 
 
 def log_summary(shared: loop.Run, config: ConfigDict, shapes: dict[str, State]) -> None:
@@ -293,7 +259,9 @@ def adopt_first_stage(shared: loop.Run, config: ConfigDict, start: FirstStage) -
     scale = start.scale_factor
     if scale is None:
         source, mesh = shared.train_source, shared.mesh
-        scale = first_stages.measure_scale(config, source, mesh, start.network, start.params)
+        scale = first_stages.measure_scale(
+            config, source, mesh, start.network, start.params, shared.should_stop
+        )
     first_stages.adopt(config, shared.workdir, start.params, scale)
 
 
@@ -305,16 +273,22 @@ def train_first_stage(
     `perceptual` is what `build.perceptual_params` gave, `start` is where it starts from.
     """
     section, network = config.first_stage, build.autoencoder(config)
+    notes = {}
+    if start is not None and section.trained == "decoder" and start.scale_factor is not None:
+        notes["scale_factor"] = start.scale_factor  # the latents are the same
+    depends_on = {}
+    if perceptual is not None:
+        depends_on["set of LPIPS weights"] = first_stages.fingerprint({"lpips": perceptual})
 
     def at_start(state: State) -> State:
         return state if start is None else autoencoder_stage.start_from(state, start.params)
 
-    def at_end(state: State) -> dict[str, Any]:
-        if start is not None and section.trained == "decoder" and start.scale_factor is not None:
-            return {"scale_factor": start.scale_factor}  # the latents are the same
+    def at_end(state: State, notes: Mapping[str, Any]) -> dict[str, Any]:
+        if "scale_factor" in notes:
+            return {"scale_factor": notes["scale_factor"]}
         params = (state.ema or state.params)["autoencoder"]
         scale = first_stages.measure_scale(
-            config, shared.train_source, shared.mesh, network, params
+            config, shared.train_source, shared.mesh, network, params, shared.should_stop
         )
         return {"scale_factor": scale}
 
@@ -326,7 +300,9 @@ def train_first_stage(
         batch_size=section.batch_size,
         num_steps=section.num_steps,
         frozen=processes.put(perceptual, sharding.replicated(shared.mesh)),
+        depends_on=depends_on,
         at_start=at_start,
+        notes=notes,
         at_end=at_end,
         keep_best=section.keep_best,
         offloads=section.autoencoder.remat == "offload",
@@ -352,8 +328,13 @@ def train_diffusion(
       given: what `starting_points.trained_params` gave, where there is a model to start from.
     """
     frozen: dict[str, Any] = {}
+    depends_on: dict[str, Any] = {}
     if "first_stage" in config:
         frozen = first_stages.load_frozen(config, shared.workdir, shared.mesh)
+        depends_on = {
+            "first stage's encoder": first_stages.encoder_fingerprint(frozen["autoencoder"]),
+            "scale_factor": float(processes.fetch(frozen["scale_factor"])),
+        }
     if isinstance(shared.train_source, LatentSource):
         index = shared.train_source.index
         first_stages.check_encoded_by(frozen["autoencoder"], index, config.data.latents)
@@ -381,6 +362,7 @@ def train_diffusion(
         num_steps=config.num_steps,
         frozen=frozen,
         kept=parts.items(),
+        depends_on=depends_on,
         at_start=at_start,
         keep_best=config.keep_best,
         offloads=config.unet.remat == "offload",

@@ -20,7 +20,7 @@ LAYERS = (
     ("sampling",),
     ("training",),
     ("build", "older_configs"),
-    ("first_stages", "conditions", "config_checks", "planning"),
+    ("first_stages", "conditions", "config_checks", "planning", "workdirs"),
     ("loaded_model",),
     ("published",),
     ("loading",),

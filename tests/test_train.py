@@ -20,10 +20,23 @@ from configs import pixel
 from latent_diffusion_jax.planning import programs
 from latent_diffusion_jax.runtime import checkpoints, saved_programs, sharding
 from latent_diffusion_jax.runtime.errors import DataError, StorageError, UserError
-from latent_diffusion_jax.train import check_workdir, train
-from latent_diffusion_jax.training import loop
+from latent_diffusion_jax.train import train
+from latent_diffusion_jax.training import batches
+from latent_diffusion_jax.workdirs import check_config
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """One of 20 images."""
+    from PIL import Image
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(20):
+        Image.new("RGB", (40, 36), (i * 10, 0, 0)).save(folder / f"{i:02}.png")
+    return folder
 
 
 def stop_after(calls):
@@ -89,10 +102,10 @@ def test_scale_factor_is_one_over_the_latents_deviation(trained_workdir, smoke_c
 
 
 def test_stopped_and_resumed_is_bit_identical(trained_workdir, smoke_config, tmp_path):
-    # It asks before every stage, after every step, and in evaluations before the second batch and
+    # It asks before every stage, after every step, before the batches that are evaluated and before
     # the pictures: stops at step 1 of the first stage (between two checkpoints), then at step 3 of
     # the second.
-    for calls in (2, 10):
+    for calls in (2, 15):
         assert not train(smoke_config, tmp_path, stop_after(calls))
     assert checkpoints.latest_step(tmp_path / "first_stage") == 4
     assert checkpoints.latest_step(tmp_path / "diffusion") == 3
@@ -104,20 +117,26 @@ def test_stopped_and_resumed_is_bit_identical(trained_workdir, smoke_config, tmp
     assert len(steps) == len(set(steps)), "a step was logged twice"
 
 
-def test_a_stop_during_the_last_evaluation_saves_the_last_step(
-    trained_workdir, smoke_config, tmp_path
+@pytest.mark.parametrize(
+    "after",
+    ["train/loss", pytest.param("test/psnr", marks=pytest.mark.slow)],
+    ids=["evaluating", "measuring the latents' scale"],
+)
+def test_a_stop_at_the_end_of_a_stage_costs_one_step(
+    after, trained_workdir, smoke_config, tmp_path
 ):
     def rows(kind):
         found = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
         return [row["step"] for row in found if row["stage"] == "first_stage" and kind in row]
 
-    def evaluates() -> bool:  # its last step is logged by then
-        return (tmp_path / "metrics.jsonl").exists() and 4 in rows("train/loss")
+    def at_the_end() -> bool:
+        return (tmp_path / "metrics.jsonl").exists() and 4 in rows(after)
 
-    assert not train(smoke_config, tmp_path, evaluates)
-    assert checkpoints.read_json(tmp_path / "first_stage", 4, "info")["scale_factor"] > 0
-    assert 4 not in rows("test/psnr"), "the evaluation went on"
+    assert not train(smoke_config, tmp_path, at_the_end)
+    assert checkpoints.latest_step(tmp_path / "first_stage") == 3
+    assert (4 in rows("test/psnr")) == (after == "test/psnr"), "the evaluation went on"
     assert train(smoke_config, tmp_path)
+    assert rows(after).count(4) == 1
     for stage in ("first_stage", "diffusion"):
         assert_same_state(trained_workdir, tmp_path, stage)
 
@@ -154,10 +173,10 @@ def fit_elsewhere(config):
 
 def test_a_run_may_be_made_to_fit_other_machines(trained_workdir, smoke_config):
     fit_elsewhere(smoke_config)
-    check_workdir(json.loads(smoke_config.to_json()), trained_workdir)
+    check_config(json.loads(smoke_config.to_json()), trained_workdir)
     smoke_config.first_stage.accumulation = 2  # its discriminator sees micro-batches
     with pytest.raises(UserError, match=r"first_stage\.accumulation \(there 1, now 2\)"):
-        check_workdir(json.loads(smoke_config.to_json()), trained_workdir)
+        check_config(json.loads(smoke_config.to_json()), trained_workdir)
 
 
 @pytest.mark.slow  # stopped runs, which go on in the same way, are tested above
@@ -264,20 +283,105 @@ def test_data_that_vanishes_ends_the_run_with_everything_saved(
     assert_same_state(tmp_path / "whole", tmp_path / "run", "first_stage")
 
 
-def test_data_that_vanish_in_the_last_evaluation_cost_its_figures_alone(
-    data_dir, tmp_path, monkeypatch
-):
+def test_data_that_vanish_in_the_last_evaluation_cost_one_step(data_dir, tmp_path, monkeypatch):
     config = pixel.get_config("smoke")
     config.data.data_dir, config.num_steps, config.eval_every = data_dir, 2, 2
 
-    def gone(*_):
+    def gone(*_, **__):
         raise DataError("cannot read the data")
+        yield
 
-    monkeypatch.setattr(loop, "in_order", gone)
+    with monkeypatch.context() as patched:
+        patched.setattr(batches.pipeline, "eval_batches", gone)
+        with pytest.raises(DataError, match=r"the data; the same command goes on from step 1$"):
+            train(config, tmp_path)
+    assert checkpoints.latest_step(tmp_path / "diffusion") == 1
     assert train(config, tmp_path)
-    assert checkpoints.latest_step(tmp_path / "diffusion") == 2
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
-    assert any("train/loss" in row for row in rows) and not any("test/loss" in row for row in rows)
+    assert [row["step"] for row in rows if "train/loss" in row] == [2]
+    assert [row["step"] for row in rows if "test/loss" in row] == [2]
+
+
+def test_what_is_wrong_with_data_ends_a_run_that_is_saved_and_can_be_put_right(
+    smoke_config, tmp_path, image_folder
+):
+    """More damaged images than may be, found in the middle; the share may be raised then."""
+    smoke_config.stages, smoke_config.checkpoint_every = ("first_stage",), 1000
+    smoke_config.data.name, smoke_config.data.caption_key = str(image_folder), ""
+    smoke_config.data.holdout_share, smoke_config.data.num_threads = 0.2, 1
+    smoke_config.first_stage.num_steps = 24
+    asked = []
+
+    def damages_them() -> bool:
+        asked.append(1)
+        if len(asked) == 3:
+            for path in image_folder.glob("*[02468].png"):
+                path.write_bytes(path.read_bytes()[:60])
+        return False
+
+    with pytest.raises(UserError, match=r"cannot be decoded.*goes on from step (\d+)$") as raised:
+        train(smoke_config, tmp_path / "run", damages_them)
+    step = checkpoints.latest_step(tmp_path / "run" / "first_stage")
+    assert step >= 2 and str(raised.value).endswith(f" {step}")
+    smoke_config.data.max_damaged_share = 1.0
+    assert train(smoke_config, tmp_path / "run")
+
+
+def test_a_workdir_that_is_taken_away_is_not_made_anew(smoke_config, tmp_path):
+    asked = []
+
+    def takes_it_away() -> bool:
+        asked.append(1)
+        if len(asked) == 2:
+            (tmp_path / "run").rename(tmp_path / "away")
+        return False
+
+    with pytest.raises(StorageError, match=r"run is not that of this run any more.*removed, moved"):
+        train(smoke_config, tmp_path / "run", takes_it_away)
+    assert not list((tmp_path / "run").glob("first_stage/*"))
+
+
+def test_a_checkpoint_is_no_workdir(trained_workdir, smoke_config):
+    path = trained_workdir / "diffusion" / "4"
+    with pytest.raises(UserError, match=r"diffusion/4 is a checkpoint; give the folder of its run"):
+        train(smoke_config, path)
+
+
+def test_a_second_stage_keeps_its_first_stage(trained_workdir, smoke_config, tmp_path):
+    run, step = tmp_path / "run", 2
+    assert not train(smoke_config, run, lambda: checkpoints.latest_step(run / "diffusion") == step)
+    shutil.move(run / "first_stage", tmp_path / "away")
+    with pytest.raises(UserError, match=r"has a checkpoint of step \d, and the first stage .*gone"):
+        train(smoke_config, run)
+    # Another one, of the same shapes.
+    other = smoke_config.copy_and_resolve_references()
+    other.stages, other.first_stage.num_steps, other.seed = ("first_stage",), 4, 1
+    assert train(other, tmp_path / "other")
+    shutil.copytree(tmp_path / "other" / "first_stage", run / "first_stage")
+    said = r"trained with another first stage's encoder \(\w{12}\) than this run has \(\w{12}\)"
+    with pytest.raises(UserError, match=said):
+        train(smoke_config, run)
+    shutil.rmtree(run / "first_stage")
+    shutil.move(tmp_path / "away", run / "first_stage")
+    assert train(smoke_config, run)
+    assert_same_state(trained_workdir, run, "diffusion")
+
+
+def test_checkpoints_know_their_config_where_the_workdir_does_not(
+    trained_workdir, smoke_config, tmp_path
+):
+    shutil.copytree(trained_workdir, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    as_json = json.loads(smoke_config.to_json())
+    check_config(as_json, tmp_path / "run")
+    as_json["seed"] = 77
+    with pytest.raises(UserError, match=r"diffusion/4 is of another .*seed \(there \d+, now 77\)"):
+        check_config(as_json, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "diffusion")
+    check_config(as_json, tmp_path / "run")  # the first stage may be used with others
+    as_json["first_stage"]["loss"]["kl_weight"] = 7.0
+    with pytest.raises(UserError, match=r"first_stage/4 is of another .*kl_weight"):
+        check_config(as_json, tmp_path / "run")
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(smoke_config, tmp_path, small_files):
@@ -308,7 +412,7 @@ def test_the_best_checkpoint_stays(smoke_config, tmp_path):
     with pytest.raises(UserError, match=r"keep_best='no_such_figure' is no figure .*psnr"):
         train(smoke_config, tmp_path / "run")
     smoke_config.first_stage.keep_best = "-psnr"
-    assert not train(smoke_config, tmp_path / "run", stop_after(5))  # while it measures step 2
+    assert not train(smoke_config, tmp_path / "run", stop_after(7))  # while it measures step 2
     assert train(smoke_config, tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     scores = {row["step"]: row["test/psnr"] for row in rows if "test/psnr" in row}
@@ -411,6 +515,18 @@ def test_lpips_weights_turn_the_perceptual_loss_on(smoke_config, tmp_path):
     assert row["train/rec_loss"] > 1.05 * 3072 * row["train/l1"]
     state = final_state(tmp_path / "run", "first_stage")
     assert not any("vgg" in name for name in state), "frozen weights are in the checkpoint"
+
+    # They may lie elsewhere later, but not be others.
+    smoke_config.first_stage.loss.lpips_weights = str(tmp_path / "moved.safetensors")
+    check_config(json.loads(smoke_config.to_json()), tmp_path / "run")
+    (tmp_path / "run" / "first_stage" / "2").rename(tmp_path / "2")
+    tensors["lin0.model.1.weight"] *= 2
+    save_file(tensors, tmp_path / "moved.safetensors")
+    with pytest.raises(UserError, match="trained with another set of LPIPS weights"):
+        train(smoke_config, tmp_path / "run")
+    smoke_config.first_stage.loss.lpips_weights = ""
+    with pytest.raises(UserError, match=r"lpips_weights \(there 'given', now ''\)"):
+        check_config(json.loads(smoke_config.to_json()), tmp_path / "run")
 
 
 def test_networks_that_do_not_fit_are_refused_before_the_first_stage(smoke_config, tmp_path):

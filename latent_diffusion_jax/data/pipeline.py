@@ -17,6 +17,8 @@ from latent_diffusion_jax.data.sources import Source
 from latent_diffusion_jax.runtime import images
 from latent_diffusion_jax.runtime.errors import UserError
 
+ENOUGH = 20  # damaged images from which a share of all is told by those that were looked at
+
 Example = dict[str, np.ndarray]
 Prepare = Callable[[dict[str, Any], np.random.Generator | None], Example]
 
@@ -135,11 +137,21 @@ class DecodedSource:
             )
 
     def check(self, count: int, num_threads: int = 1) -> None:
-        """Decodes up to `count` images, spread evenly, so that damage shows before training."""
+        """Decodes up to `count` images, spread evenly, so that damage shows before training.
+
+        Raises:
+          UserError: so many of them are damaged that more than `max_damaged_share` of all will be.
+        """
         chosen = np.unique(np.linspace(0, len(self) - 1, min(count, len(self)), dtype=int))
         with futures.ThreadPoolExecutor(num_threads, thread_name_prefix="check") as pool:
             for _ in pool.map(self._decodes, chosen.tolist()):
                 pass  # raises what a thread raised
+        found = len(self._damaged.keys() & set(chosen.tolist()))
+        if found >= ENOUGH and found > self._share * len(chosen):
+            raise UserError(
+                f"{found} of {len(chosen)} images that were looked at cannot be decoded, and of "
+                f"all {len(self)} at most {self._share:.2%} may be skipped (data.max_damaged_share)"
+            )
 
     def _decodes(self, index: int) -> None:
         """Reads one record for its errors alone: ten thousand images would not fit in memory."""

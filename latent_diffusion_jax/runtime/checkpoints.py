@@ -23,9 +23,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from orbax.checkpoint import checkpoint_managers, multihost
 
-from latent_diffusion_jax.runtime import digests
+from latent_diffusion_jax.runtime import digests, processes
 from latent_diffusion_jax.runtime.errors import StorageError, UserError
 from latent_diffusion_jax.runtime.trees import flatten_names, path_name
 
@@ -52,18 +53,21 @@ class Kept(checkpoint_managers.PreservationPolicy):
       last: so many of the last ones.
       every: those whose step it divides; 0: none.
       best: the one with the lowest of `scores`.
+      passing: step of one that is not of the last ones any more when there is a later one.
       scores: of checkpoints, by their steps; one without cannot be the best.
     """
 
     last: int = 1
     every: int = 0
     best: bool = False
+    passing: int = -1
     scores: dict[int, float] = dataclasses.field(default_factory=dict)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
-        stay = set(steps[-self.last :])
+        lasting = [step for step in steps[:-1] if step != self.passing] + steps[-1:]
+        stay = set(lasting[-self.last :])
         stay |= {step for step in steps if self.every and step % self.every == 0}
         scored = [step for step in steps if math.isfinite(self.scores.get(step, math.nan))]
         if self.best and scored:
@@ -97,6 +101,8 @@ def open_manager(
         # Otherwise a folder that cannot be made is an error only after ten minutes of waiting.
         async_options=ocp.AsyncOptions(
             create_directories_asynchronously=False,
+            # A slow disk, or a clock that is put forward, is no reason to end a run.
+            timeout_secs=processes.WAIT_SECONDS,
             barrier_sync_fn=functools.partial(_meet_unless_failed, threading.current_thread()),
         ),
     )
@@ -105,6 +111,9 @@ def open_manager(
         manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
     except OSError as error:
         raise StorageError(f"cannot open {directory}: {error.strerror or error}") from error
+    if create:
+        manager._checkpoint_deleter = deleter = _Deleter(directory)
+        deleter.clear()
     try:
         yield manager
     except BaseException:
@@ -113,6 +122,44 @@ def open_manager(
         raise
     with saving(manager) if create else contextlib.nullcontext():
         manager.close()
+
+
+DELETED = ".deleted"  # at the end of names, while what is there is being removed
+
+
+class _Deleter:
+    """Removes checkpoints, in the place of Orbax's own, for which a failure is one of the save.
+
+    They first get another name: what is left by a process that is killed, or by disks of other
+    machines where somebody reads, is never taken for a checkpoint.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self._directory = directory
+
+    def delete(self, step: int) -> None:
+        """Removes one, or warns."""
+        if jax.process_index() != 0:
+            return
+        path = self._directory / str(step)
+        try:
+            path = path.rename(path.with_suffix(DELETED))
+            shutil.rmtree(path)
+        except OSError as error:
+            logging.warning("cannot delete %s: %s; remove it", path, error.strerror or error)
+
+    def delete_steps(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            self.delete(step)
+
+    def clear(self) -> None:
+        """Removes what could not be before."""
+        if jax.process_index() == 0:
+            for path in self._directory.glob(f"*{DELETED}"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def close(self) -> None:
+        pass
 
 
 def _meet_unless_failed(caller: threading.Thread, *, key: str, timeout_ms: int) -> None:
@@ -413,7 +460,8 @@ def _unread(manager: Any, step: int, error: Exception) -> Exception:
 
 def _damaged(manager: Any, step: int, error: Exception) -> str:
     reason = _reason(error)
-    earlier = [other for other in manager.all_steps() if other < step]
+    folder = manager.directory
+    earlier = [s for s in manager.all_steps() if s < step and (folder / str(s) / "state").is_dir()]
     offer = ""
     if earlier:
         offer = (

@@ -34,7 +34,7 @@ from absl import app, flags
 
 from latent_diffusion_jax.runtime import clusters, distributed, processes, stopping
 from latent_diffusion_jax.runtime.compilation import use_persistent_cache
-from latent_diffusion_jax.runtime.errors import StorageError, UserError
+from latent_diffusion_jax.runtime.errors import StorageError, UserError, verbose
 from latent_diffusion_jax.runtime.texts import printable
 
 UNEXPECTED = 1
@@ -141,7 +141,7 @@ def described(error: Exception) -> str:
     else:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         text = printable(f"unexpected {type(error).__name__}: {reason}")
-    if "--verbose" in sys.argv[1:]:
+    if verbose():
         return f"{text}\n{trace}"
     if not isinstance(error, UserError) or isinstance(error, SystemsWord):
         name = f"latent_diffusion_jax_{hashlib.sha256(trace.encode()).hexdigest()[:8]}.txt"

@@ -1,6 +1,8 @@
 """The one exception for what a user can put right: bad configs, data, checkpoints, arguments."""
 
 import contextlib
+import re
+import sys
 from collections.abc import Iterator
 
 
@@ -33,3 +35,9 @@ def as_user_error(what: str) -> Iterator[None]:
     except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{what}: {reason}") from error
+
+
+def verbose() -> bool:
+    """Whether --verbose was given; also before flags are parsed, and where they cannot be."""
+    given = [arg.lstrip("-") for arg in sys.argv[1:] if re.match("--?(no)?verbose(=|$)", arg)]
+    return bool(given) and given[-1].lower() in ("verbose", "verbose=true", "verbose=1")

@@ -15,7 +15,7 @@ import rich.progress
 from absl import logging
 
 from latent_diffusion_jax.runtime import processes
-from latent_diffusion_jax.runtime.errors import StorageError
+from latent_diffusion_jax.runtime.errors import StorageError, verbose
 from latent_diffusion_jax.runtime.texts import escaped
 
 # Figures that may wait for TensorBoard's thread; who adds one more waits, for ever if it has ended.
@@ -60,7 +60,7 @@ def set_up_logging() -> None:
     has to say of saves that fail is shown with --verbose alone: it raises it too.
     """
     orbax = str(pathlib.Path(orbax_checkpoint.__file__).parent)
-    verbose = "--verbose" in sys.argv[1:]
+    chatter = verbose()
 
     def is_shown(record: python_logging.LogRecord) -> bool:
         if processes.process_index() and record.levelno < python_logging.ERROR:
@@ -68,7 +68,7 @@ def set_up_logging() -> None:
         if record.pathname.startswith(PACKAGE):
             return True
         return record.levelno > python_logging.INFO and (
-            verbose or not record.pathname.startswith(orbax)
+            chatter or not record.pathname.startswith(orbax)
         )
 
     handler = logging.get_absl_handler()

@@ -17,6 +17,7 @@ from jax.sharding import Sharding
 from latent_diffusion_jax.runtime.errors import StorageError
 
 WAIT_SECONDS = 30 * 24 * 3600  # that one which is done waits for the others, if they live
+STEPS_TO_STOP = 3  # that one which wants to stop may have to make before all of several do
 
 
 def process_index() -> int:
@@ -51,6 +52,20 @@ def first_one_first(name: str) -> Iterator[None]:
     yield
     if process_index() == 0:
         wait_for_all(name)
+
+
+_told = itertools.count()
+
+
+def from_the_first(name: str, value: str) -> str:
+    """What the first process has as `value`, however long it takes to come here with it."""
+    if num_processes() == 1:
+        return value
+    key = f"latent_diffusion_jax/told/{name}/{next(_told)}"
+    if process_index() == 0:
+        connection().key_value_set(key, value)
+        return value
+    return str(connection().blocking_key_value_get(key, int(WAIT_SECONDS * 1000)))
 
 
 def gather(values: np.ndarray) -> np.ndarray:
@@ -89,7 +104,8 @@ def agree_to_stop(what: str, wanted: bool, step: int) -> bool:
     """Whether all processes stop `what` after this step; nobody waits for an answer.
 
     A process that wants to names the step after the next one. All see it in time: they ask after
-    each step, and have the results of the step before then, which need all processes.
+    each step, and have the results of the step before then, which need all processes. One of them
+    may be a step ahead of another, and name its own first.
 
     Args:
       what: is stopped, once.

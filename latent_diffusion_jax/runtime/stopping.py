@@ -6,6 +6,10 @@ It is a plain flag, as handlers of signals must not take a lock that what they i
 _asked = [False]
 
 
+class Stopped(Exception):
+    """A stop was asked for in the middle of work that the next start does anew."""
+
+
 def ask(asked: bool = True) -> None:
     """Notes it; False from the end of `commands.StopRequest` on."""
     _asked[0] = asked

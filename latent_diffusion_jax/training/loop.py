@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-import time
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +25,8 @@ from latent_diffusion_jax.runtime import (
 from latent_diffusion_jax.runtime.compilation import compiler_options, offload_options
 from latent_diffusion_jax.runtime.errors import DataError, UserError
 from latent_diffusion_jax.runtime.flops import traced_flops
+from latent_diffusion_jax.runtime.stopping import Stopped
+from latent_diffusion_jax.training import batches
 from latent_diffusion_jax.training.alarms import Alarms
 from latent_diffusion_jax.training.keeper import Keeping, open_keeper
 from latent_diffusion_jax.training.skipped import SkippedSteps, finite
@@ -46,6 +47,7 @@ class Run:
       test_source: what is held out.
       config: the whole config as JSON values, kept in checkpoints.
       should_stop: asked after every step.
+      check_claim: raises StorageError where the workdir is not this run's any more.
       seed: of weights, noise and the data's order.
       num_threads: that read and decode images.
       log_every: steps.
@@ -64,6 +66,7 @@ class Run:
     test_source: pipeline.Examples
     config: dict[str, Any]
     should_stop: Callable[[], bool]
+    check_claim: Callable[[], None]
     seed: int
     num_threads: int
     log_every: int
@@ -86,8 +89,10 @@ def train_stage(
     num_steps: int,
     frozen: Any = None,
     kept: Mapping[str, Any] = MappingProxyType({}),
+    depends_on: Mapping[str, Any] = MappingProxyType({}),
     at_start: Callable[[State], State] = lambda state: state,
-    at_end: Callable[[State], dict[str, Any]] = lambda state: {},
+    notes: Mapping[str, Any] = MappingProxyType({}),
+    at_end: Callable[[State, Mapping[str, Any]], dict[str, Any]] = lambda state, notes: {},
     keep_best: str = "",
     offloads: bool = False,
 ) -> bool:
@@ -102,9 +107,12 @@ def train_stage(
       num_steps: updates in all.
       frozen: parameters that the step reads and does not train.
       kept: JSON items to keep in every checkpoint, such as its `tokenizer`.
+      depends_on: JSON values that checkpoints are refused by where they were others.
       at_start: fresh state -> the state to start from, of the same shapes and shardings; not
         asked where there is a checkpoint.
-      at_end: (final state) -> what to keep in the last checkpoint's `info`.
+      notes: JSON values of the start, which checkpoints keep.
+      at_end: (final state, notes) -> what to keep in the last checkpoint's `info`; may raise
+        Stopped.
       keep_best: see `Keeping.best`.
       offloads: whether its train step lets activations wait in the host's memory.
 
@@ -113,7 +121,7 @@ def train_stage(
 
     Raises:
       UserError: a checkpoint does not fit, or too many steps were skipped.
-      DataError: examples cannot be read any more; a process that is alone has saved everything.
+      DataError: examples cannot be read any more; what was learned is saved.
       StorageError: a checkpoint could not be saved.
     """
     mesh = run.mesh
@@ -134,7 +142,7 @@ def train_stage(
     with contextlib.ExitStack() as stack:
         stack.callback(loader.close)
         stack.enter_context(jax.set_mesh(mesh))  # that constraints inside the step are meant for
-        keeping = dataclasses.replace(run.keeping, best=keep_best)
+        keeping = dataclasses.replace(run.keeping, best=keep_best, passing=num_steps - 1)
         keeper = stack.enter_context(open_keeper(run.workdir / name, keeping))
         start_step = keeper.last()
         processes.agreed({f"the last checkpoint of {name}": start_step})
@@ -142,7 +150,9 @@ def train_stage(
         if start_step:
             state, position, info = keeper.restore(shapes, shardings)
             check_same_data(info.get("source", {}), run.train_source, run.workdir / name)
+            check_same_parts(info.get("depends_on", {}), depends_on, run.workdir / name)
             loader.set_state(position)
+            notes = info.get("notes", {})
             logging.info("%s: goes on from step %d", name, start_step)
         else:
             # In a function of its own, as the compiled program lives as long as that; what it calls
@@ -169,22 +179,20 @@ def train_stage(
 
         def evaluate(step: int) -> bool:
             """Figures and pictures of held-out data; whether it came to its end."""
-            batches = in_order(run.test_source, prepare, mesh, batch_size, run.eval_examples)
             totals: dict[str, float] = {}
             first, count = None, 0
-            for batch, valid in batches:
-                if first is not None and processes.highest(run.should_stop()):
-                    if step == num_steps:  # which is saved before the grace is over
-                        logging.warning(
-                            "%s: asked to stop: the last step is saved without figures of held-out "
-                            "data; the command evaluate measures it", name
-                        )  # fmt: skip
-                    return False
-                first = batch if first is None else first
-                for metric, values in eval_step(state, batch, eval_key).items():
-                    total = float(np.asarray(values)[:valid].sum())
-                    totals[metric] = totals.get(metric, 0.0) + total
-                count += valid
+            try:
+                for batch, valid in batches.in_order(
+                    *(run.test_source, prepare, mesh, batch_size, run.eval_examples),
+                    run.should_stop,
+                ):
+                    first = batch if first is None else first
+                    for metric, values in eval_step(state, batch, eval_key).items():
+                        total = float(np.asarray(values)[:valid].sum())
+                        totals[metric] = totals.get(metric, 0.0) + total
+                    count += valid
+            except Stopped:
+                return False
             figures = {metric: total / count for metric, total in totals.items()}
             writer.scalars(step, finite(figures), "test")
             keeper.evaluated(step, figures)
@@ -198,14 +206,34 @@ def train_stage(
             return True
 
         def save(step: int, info: dict[str, Any]) -> None:
-            info = {"source": described(run.train_source), "skipped_since": skipped.since} | info
+            info |= {
+                "source": described(run.train_source),
+                "depends_on": dict(depends_on),
+                "notes": dict(notes),
+                "skipped_since": skipped.since,
+            }
             items = {"data": ahead.position, "config": run.config, "info": info, **kept}
+            run.check_claim()
             keeper.save(step, state, items)
 
-        def goes_on() -> str:
-            return f"the same command goes on from step {keeper.last()}"
+        def with_the_way_on(error: UserError) -> UserError:
+            keeper.wait()
+            return type(error)(f"{error}; the same command goes on from step {keeper.last()}")
 
-        ahead = _Ahead(loader, lambda rows: sharding.put_batch(rows, mesh, batch_size))
+        @contextlib.contextmanager
+        def reading() -> Iterator[None]:
+            """Examples that cannot be read end the run when what was saved is whole."""
+            try:
+                yield
+            except UserError as error:
+                raise with_the_way_on(error) from error
+
+        ahead = batches.Ahead(
+            loader,
+            lambda rows: sharding.put_batch(rows, mesh, batch_size),
+            count=num_steps - start_step,
+            spare=0 if processes.num_processes() == 1 else processes.STEPS_TO_STOP,
+        )
         traced = train_step.trace(state, ahead.batch, train_key)
         speed = Speed(batch_size, traced_flops(traced.jaxpr), mesh)
         lowered = traced.lower()
@@ -255,125 +283,66 @@ def train_stage(
             while len(running) > but:
                 finish(*running.pop(0))
 
-        saved = start_step
         if 0 < step < num_steps and step % run.eval_every == 0:
             # A run that was ended between a checkpoint and its evaluation does it now.
             known = keeper.has_score(step) if keep_best else writer.has(step, "test")
             if processes.highest(is_main and not known):
-                stopped = not evaluate(step)
-        speed.restart(step)
-        try:
-            while step < num_steps and not stopped:
-                with profile.step(step, running[-1] if running else None):
-                    state, metrics = compiled(state, ahead.batch, train_key)
-                step += 1
-                running.append((step, metrics))
-                speed.waited += ahead.advance(last=step == num_steps)
-                keeper.check()
-                finish_steps(but=1)
-                progress.step(step)
-                stopped = agree_to_stop(run.should_stop, name, step)
-                evaluates = step == num_steps or (step % run.eval_every == 0 and not stopped)
-                saves = step < num_steps and (
-                    stopped or step % run.checkpoint_every == 0 or (evaluates and bool(keep_best))
-                )
-                if saves or evaluates:
-                    finish_steps()
-                if saves:
-                    read()
-                    save(step, {})
-                    saved = step
-                if evaluates:
+                with reading():
                     stopped = not evaluate(step)
-                    speed.restart(step)
-            if stopped and saved < step < num_steps:  # asked for during an evaluation
-                read()
-                save(step, {})
-        except DataError as error:
-            # Of several processes the others do not know, and their devices wait for this one's.
-            alone = processes.num_processes() == 1
-            if alone and step == num_steps:
-                logging.warning(
-                    "%s: its last evaluation is cut short, `evaluate` makes the figures: %s",
-                    *(name, error),
-                )
-                saved = step
-            elif alone and saved < step:
+        speed.restart(step)
+        while step < num_steps and not stopped:
+            with profile.step(step, running[-1] if running else None):
+                state, metrics = compiled(state, ahead.batch, train_key)
+            step += 1
+            running.append((step, metrics))
+            speed.waited += ahead.advance()
+            keeper.check()
+            finish_steps(but=1)
+            progress.step(step)
+            stopped = agree_to_stop(run.should_stop() or ahead.error is not None, name, step)
+            evaluates = (step == num_steps or step % run.eval_every == 0) and not stopped
+            # What takes long comes after a save. The last step's own is its evaluation's, and the
+            # end of the stage's; a run that is ended there makes it again.
+            saves = step < num_steps and (
+                stopped or evaluates or step % run.checkpoint_every == 0 or step == num_steps - 1
+            )
+            if saves or evaluates:
                 finish_steps()
+            if saves:
                 read()
                 save(step, {})
-                saved = step
-                keeper.wait()
-            stopped_alone = alone and run.should_stop()
-            if not alone or (step < num_steps and not (stopped_alone and saved == step)):
-                raise DataError(f"{error}; {goes_on()}") from error
-            if step < num_steps:
-                logging.warning("%s: %s", name, error)
-        if step == num_steps:
+            if evaluates:
+                with reading():
+                    stopped = not evaluate(step)
+                speed.restart(step)
+        if not stopped:
             try:
-                info = at_end(state)
-            except DataError as error:
-                raise DataError(f"{error}; {goes_on()}") from error
-            save(step, info)
+                with reading():
+                    info = at_end(state, notes)
+                save(step, info)
+            except Stopped:
+                stopped = True
         keeper.wait()
-    if step < num_steps:
-        logging.info(
-            "%s: stopped and saved at step %d of %d; the same command goes on from there",
-            *(name, step, num_steps),
-        )
-    return step == num_steps
+        if ahead.error is not None:
+            if isinstance(ahead.error, DataError) and run.should_stop():
+                logging.warning("%s: %s", name, ahead.error)
+            elif isinstance(ahead.error, UserError):
+                raise with_the_way_on(ahead.error) from ahead.error
+            else:
+                raise ahead.error
+        if stopped:
+            logging.info(
+                "%s: stopped and saved at step %d of %d; the same command goes on from there",
+                *(name, keeper.last(), num_steps),
+            )
+    return not stopped
 
 
-def in_order(
-    source: pipeline.Examples,
-    prepare: pipeline.Prepare,
-    mesh: Mesh,
-    batch_size: int,
-    num_examples: int,
-) -> Iterator[tuple[Any, int]]:
-    """A source's first examples on the mesh: (global batch, number of its rows that count)."""
-    for batch, valid in pipeline.eval_batches(
-        source,
-        prepare,
-        batch_size=batch_size,
-        num_examples=num_examples,
-        rows=sharding.own_rows(batch_size, mesh),
-    ):
-        yield sharding.put_batch(batch, mesh, batch_size), valid
-
-
-class _Ahead:
-    """Batches on the devices, one ahead of the loop.
-
-    Attributes:
-      batch: the next one to train on.
-      position: of the loader before that one: where a run goes on that is stopped now.
-    """
-
-    def __init__(self, loader: Any, put: Callable[[Any], Any]):
-        self._loader, self._put = loader, put
-        self.advance()
-
-    def advance(self, last: bool = False) -> float:
-        """Takes the batch after; gives the seconds for which the loader let it wait.
-
-        After the last step only the position goes on.
-        """
-        self.position = self._loader.get_state()
-        if last:
-            return 0.0
-        start = time.perf_counter()
-        rows = next(self._loader)
-        waited = time.perf_counter() - start
-        self.batch = self._put(rows)
-        return waited
-
-
-def agree_to_stop(should_stop: Callable[[], bool], name: str, step: int) -> bool:
+def agree_to_stop(wanted: bool, name: str, step: int) -> bool:
     """Whether to stop stage `name` after this step; all processes stop after the same one."""
     if processes.num_processes() == 1:
-        return should_stop()
-    return processes.agree_to_stop(name, should_stop(), step)
+        return wanted
+    return processes.agree_to_stop(name, wanted, step)
 
 
 def described(source: pipeline.Examples) -> dict[str, Any]:
@@ -405,3 +374,20 @@ def check_same_data(theirs: Mapping[str, Any], source: pipeline.Examples, folder
             f"the data are not those that the run in {folder} began with ({'; '.join(different)}): "
             "give it those, or begin another run with these (--workdir, init_from)"
         )
+
+
+def check_same_parts(theirs: Mapping[str, Any], ours: Mapping[str, Any], folder: Any) -> None:
+    """Raises UserError where a stage would go on with other parts than it was trained with.
+
+    Args:
+      theirs: what it depended on when the checkpoint was written; nothing in old ones.
+      ours: now.
+      folder: of the checkpoints.
+    """
+    for key, value in ours.items():
+        if key in theirs and theirs[key] != value:
+            raise UserError(
+                f"the checkpoints in {folder} were trained with another {key} "
+                f"({str(theirs[key])[:12]}) than this run has ({str(value)[:12]}): give it that "
+                "one back, or begin another run with this one (--workdir, init_from)"
+            )

@@ -284,6 +284,14 @@ def test_of_a_damaged_one_the_one_before_is_offered(tmp_path):
     assert_same(restore(tmp_path / "s", 3, shapes), make_state(mesh_of(jax.devices())))
 
 
+def test_of_those_before_one_that_is_empty_is_not_offered(tmp_path):
+    save(tmp_path, [1, 2, 3])
+    shutil.rmtree(tmp_path / "2" / "state")
+    overwrite_large_files(tmp_path / "3")
+    with raises_user_error(tmp_path, 3, "The one before, of step 1,"):
+        restore(tmp_path, 3, wanted(mesh_of(jax.devices())))
+
+
 def test_state_without_its_files(copy_of_saved):
     shutil.rmtree(copy_of_saved / "5" / "state")
     with raises_user_error(copy_of_saved, 5):
@@ -320,6 +328,25 @@ def test_keep_deletes_the_oldest(tmp_path):
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["8", "9"]
 
 
+def test_one_that_cannot_be_deleted_is_no_reason_to_stop(tmp_path, monkeypatch, caplog):
+    """A file that somebody else reads, on a disk of another machine."""
+    rmtree = shutil.rmtree
+
+    def busy(path, *args, **options):
+        if path.name.endswith(".deleted"):
+            raise OSError(16, "Device or resource busy")
+        rmtree(path, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", busy)
+        save(tmp_path, [1, 2], keep=1)
+    assert "cannot delete" in caplog.text and "1.deleted: Device or resource busy" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.deleted", "2"]
+    assert checkpoints.latest_step(tmp_path) == 2
+    save(tmp_path, [3], keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["3"]
+
+
 def kept_of(steps, **rules):
     kept = checkpoints.Kept(**rules)
     infos = [types.SimpleNamespace(step=step) for step in steps]
@@ -332,6 +359,9 @@ def test_which_checkpoints_stay():
     assert kept_of(steps) == [35]
     assert kept_of(steps, last=2) == [30, 35]
     assert kept_of(steps, every=20) == [20, 35]
+    assert kept_of(steps, last=2, passing=30) == [25, 35]
+    assert kept_of(steps, last=2, passing=35) == [30, 35]
+    assert kept_of(steps, last=1, every=10, passing=30) == [10, 20, 30, 35]
     scores = {10: 0.3, 20: 0.2, 30: 0.4, 99: 0.0}  # of 99 there is no checkpoint any more
     assert kept_of(steps, best=True, scores=scores) == [20, 35]
     assert kept_of(steps, last=2, every=10, best=True, scores={25: 0.1}) == steps

@@ -127,6 +127,26 @@ def test_processes_that_see_other_files_say_so():
         assert "the last checkpoint of b is 3 in process 0, 4 in process 1; the workdir" in said
 
 
+def test_a_workdir_that_the_processes_do_not_share_is_found_at_the_start(tmp_path):
+    for i in range(2):
+        (tmp_path / f"{i}").mkdir()
+    main = f"""
+    import pathlib
+    from latent_diffusion_jax.runtime import locks
+    locks.SEEN_SECONDS = 2.0
+    root = pathlib.Path({str(tmp_path)!r})
+    with locks.claimed(root) as check:
+        check()
+    with locks.claimed(root / str(me)):
+        pass
+"""
+    (status, said), (other_status, said_by_other) = run(main)
+    assert (status, other_status) == (74, 74)
+    assert said == ["error: process 1 of 2 has failed"]
+    (line,) = said_by_other
+    assert line.startswith("error: process 1 of 2: ") and "must be one that all processes" in line
+
+
 def test_no_thread_talks_to_the_others_while_python_ends():
     """It would be ended in the middle, and take the process with it."""
     before = """

@@ -1,6 +1,7 @@
 """A folder is one run's at a time, until its process has ended, however that is."""
 
 import fcntl
+import socket
 import subprocess
 import sys
 import time
@@ -71,3 +72,48 @@ def test_file_systems_without_locks_and_folders_that_cannot_be_written(tmp_path,
         locks.alone_in(tmp_path / "none"),
     ):
         pass
+
+
+def test_a_claim_says_when_the_folder_is_another(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with locks.claimed(folder) as check:
+        check()
+        (folder / locks.FILE).write_text("another 1 2\n")  # where there are no locks
+        with pytest.raises(StorageError, match="not that of this run any more"):
+            check()
+        folder.rename(tmp_path / "away")
+        with pytest.raises(StorageError, match="removed, moved or taken"):
+            check()
+    (tmp_path / "away").rename(folder)
+    with locks.claimed(folder) as check:
+        check()
+    assert not folder.exists(), "nothing came of it"
+
+
+def test_a_claim_leaves_what_is_anothers(start, tmp_path, monkeypatch):
+    start(600)
+    monkeypatch.setattr(locks, "SECONDS", 0.5)
+    process = f"process \\d+ on {socket.gethostname()}"
+    with (
+        pytest.raises(StorageError, match=rf"another run is at work in .* \({process}\)"),
+        locks.claimed(tmp_path),
+    ):
+        pass
+    assert (tmp_path / locks.FILE).exists()
+
+
+def test_a_lock_whose_file_was_deleted_is_none(tmp_path, monkeypatch):
+    """What a run leaves behind that removes its folder while another waits for it."""
+    flock, calls = fcntl.flock, []
+
+    def deleted_meanwhile(file, how):
+        calls.append(1)
+        if len(calls) == 1:
+            (tmp_path / locks.FILE).unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", deleted_meanwhile)
+    with locks.claimed(tmp_path) as check:
+        check()
+    assert len(calls) == 2
