@@ -211,6 +211,15 @@ def test_what_training_does_not_write_is_refused(tokenizer, path, value, message
         tokenizers.load(json.dumps(written))
 
 
+def test_fields_of_other_versions_of_tokenizers(tokenizer):
+    written = json.loads(tokenizer.to_str())
+    expected = tokenizers.encode(tokenizer, ["a seven"])
+    del written["model"]["byte_fallback"], written["added_tokens"][0]["normalized"]
+    written["model"]["new"] = written["added_tokens"][0]["new"] = None
+    loaded = tokenizers.load(json.dumps(written))
+    np.testing.assert_array_equal(tokenizers.encode(loaded, ["a seven"]), expected)
+
+
 @pytest.mark.parametrize("length", [0, 2, 10**12, True, "10"])
 def test_lengths_that_no_text_encoder_has(tokenizer, length):
     written = json.loads(tokenizer.to_str())
