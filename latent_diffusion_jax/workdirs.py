@@ -41,15 +41,16 @@ FREE_KEYS: tuple[str, ...] = (
     "init_from",  # it has started
 )
 
-LPIPS = "first_stage.loss.lpips_weights"
+# Where files lie that are known by their contents, or have been read for good. That there are any
+# does not change.
+PLACES = ("first_stage.loss.lpips_weights", "first_stage.init_from")
 
 
 def _different(theirs: dict[str, Any], ours: dict[str, Any], free: tuple[str, ...]) -> str:
-    """`differences`, but for where LPIPS' weights lie: checkpoints know which they are."""
+    """`differences`, but for `PLACES`."""
     left, right = (flatten(config) for config in (theirs, ours))
     for flat in (left, right):
-        if flat.get(LPIPS):
-            flat[LPIPS] = "given"
+        flat |= {key: "given" for key in PLACES if flat.get(key)}
     return differences(left, right, free)
 
 

@@ -259,9 +259,13 @@ def saving(manager: Any) -> Iterator[None]:
         for partial in manager.directory.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(partial, ignore_errors=True)
         whole = [int(path.name) for path in manager.directory.glob("*") if path.name.isdecimal()]
-        last = f"the last whole one is that of step {max(whole)}" if whole else "there is none yet"
+        last = "; there is none yet"
+        if whole:
+            last = f"; the last whole one is that of step {max(whole)}"
+        if not manager.directory.is_dir():
+            last = "; the folder is gone"
         raise StorageError(
-            f"cannot save a checkpoint in {manager.directory}: {_reason(error)}; {last}"
+            f"cannot save a checkpoint in {manager.directory}: {_reason(error)}{last}"
         ) from error
 
 

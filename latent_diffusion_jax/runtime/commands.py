@@ -54,6 +54,7 @@ def run(main: Callable[[], None], *, alone: bool = False) -> None:
     """
     clusters.define_flags()
     flags.DEFINE_bool("verbose", False, "Shows where in the code an error comes from.")
+    sys.unraisablehook = _hear
     gc.set_threshold(50_000, 20, 20)  # at Python's own, tracing waits for it half of the time
 
     def guarded(argv: Sequence[str]) -> None:
@@ -104,6 +105,15 @@ def run(main: Callable[[], None], *, alone: bool = False) -> None:
         error = _of_the_system(error)
         print(f"error: {described(error)}", file=sys.stderr)
         sys.exit(_status(error))
+
+
+def _hear(unraisable: Any) -> None:
+    """Prints what threads of others' raise that nobody can catch, but for what says nothing new.
+
+    When a save has failed, TensorStore still tells its event loop of each of the other arrays.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed" or verbose():
+        sys.__unraisablehook__(unraisable)
 
 
 def _status(error: Exception) -> int:

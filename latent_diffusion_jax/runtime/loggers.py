@@ -57,7 +57,7 @@ def set_up_logging() -> None:
 
     Of several processes the first one speaks; of the others errors are shown, and what the first
     one cannot know, such as damaged images: records with an attribute `of_any_process`. What Orbax
-    has to say of saves that fail is shown with --verbose alone: it raises it too.
+    and asyncio have to say of saves that fail is shown with --verbose alone: it is raised too.
     """
     orbax = str(pathlib.Path(orbax_checkpoint.__file__).parent)
     chatter = verbose()
@@ -68,7 +68,7 @@ def set_up_logging() -> None:
         if record.pathname.startswith(PACKAGE):
             return True
         return record.levelno > python_logging.INFO and (
-            chatter or not record.pathname.startswith(orbax)
+            chatter or not (record.pathname.startswith(orbax) or record.name == "asyncio")
         )
 
     handler = logging.get_absl_handler()

@@ -41,11 +41,9 @@ def run(script: str, tmp_path, data_dir) -> tuple[list[str], str]:
 
 
 def last_error(errors: str) -> str:
-    """The one error of the run.
-
-    Before it, TensorStore's threads may print tracebacks of their callbacks, and not whole lines.
-    """
-    (line,) = re.findall(r"\berror: .*", errors)
+    """The one error of the run, and its last line."""
+    (line,) = re.findall(r"^error: .*", errors, re.MULTILINE)
+    assert errors.endswith(f"{line}\n") and "Traceback" not in errors, errors
     return line
 
 

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 from ml_collections import ConfigDict
 
-from latent_diffusion_jax.runtime import commands, stopping
+from latent_diffusion_jax.runtime import commands, errors, stopping
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -338,3 +339,34 @@ def test_differences_name_keys_and_both_values():
     assert (
         many == "k1 (there None, now 1), k2 (there None, now 2), k3 (there None, now 3) and 2 more"
     )
+
+
+@pytest.mark.parametrize("flags", [(), ("--verbose",)])
+def test_what_is_said_of_arrays_after_a_save_has_failed(flags, monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "argv", ["train", *flags])
+    monkeypatch.setattr(sys, "__unraisablehook__", heard.append)
+    closed, other = (
+        types.SimpleNamespace(exc_value=RuntimeError(text))
+        for text in ("Event loop is closed", "another")
+    )
+    for unraisable in (closed, other):
+        commands._hear(unraisable)
+    assert heard == ([closed, other] if flags else [other])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], False),
+        (["--verbose"], True),
+        (["--verbose=true"], True),
+        (["--verbose=false"], False),
+        (["--noverbose"], False),
+        (["--verbose", "--noverbose"], False),
+        (["--config.verbose=1"], False),
+    ],
+)
+def test_verbose_in_all_its_spellings(given, expected, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", *given])
+    assert errors.verbose() == expected
