@@ -38,8 +38,10 @@ def get_config() -> ConfigDict:
     config.log_every = 50  # steps
     config.eval_every = 1_000  # steps between figures and pictures of the held-out split
     config.eval_examples = 1_000
-    config.checkpoint_every = 1_000  # steps
-    config.keep_checkpoints = 2  # of each stage, the last ones
+    config.checkpoint_every = 1_000  # steps; before figures of held-out data there is one, too
+    config.keep_checkpoints = (
+        2  # of each stage, the last ones of checkpoint_every, and the very last
+    )
     config.keep_every = 0  # steps; the checkpoints of its multiples stay as well; 0: none
     config.grace_seconds = 0.0  # for saving, after SIGTERM or Ctrl-C; 0: as long as it takes
     config.max_skipped_steps = 10  # in a row, as they were not finite; more end the run

@@ -107,11 +107,14 @@ def _unet_size(folder: pathlib.Path) -> int:
             f"{folder / folders.CONFIG_FILE} has sample_size {size!r:.60}; it must be an integer "
             f"of 1 to {MAX_SIDE}, or two"
         )
-    return sides[0]
+    return int(sides[0])
 
 
 def _is_side(number: object) -> bool:
-    return type(number) is int and 1 <= number <= MAX_SIDE
+    """Also as a float, which converters of configs write."""
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return False
+    return 1 <= number <= MAX_SIDE and number % 1 == 0
 
 
 def _factor(first: autoencoders.Loaded) -> int:

@@ -82,6 +82,9 @@ def train(
     mesh = sharding.make_mesh(dict(config.mesh))
     check_batch_sizes(config, mesh)
     distributed.meet(mesh)
+    if not stages_to_do(config, workdir)[1]:
+        logging.info("all of %s is complete, nothing to do", workdir)  # also where it is read-only
+        return True
     try:
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -100,15 +103,10 @@ def _train(
     check_claim: Callable[[], None],
 ) -> bool:
     as_json = json.loads(config.to_json())
-    workdirs.check_config(as_json, workdir)
     workdirs.check_first_stage(as_json, workdir)
-    sections = {"first_stage": config.get("first_stage"), "diffusion": config}
-    last = {name: checkpoints.latest_step(workdir / name) or 0 for name in config.stages}
-    processes.agreed({f"the last checkpoint of {name}": step for name, step in last.items()})
-    unfinished = [name for name in config.stages if last[name] < sections[name].num_steps]
+    last, unfinished = stages_to_do(config, workdir)
     for name in config.stages:
         if name not in unfinished:
-            checkpoints.check_whole(workdir / name, last[name])
             logging.info("%s: complete at step %d, nothing to do", name, last[name])
     if not unfinished:
         return True
@@ -188,6 +186,23 @@ def _train(
     logging.info("done: checkpoints and config in %s, scalars in metrics.jsonl there,", workdir)
     logging.info("scalars and pictures: tensorboard --logdir=%s/tensorboard", workdir)
     return True
+
+
+def stages_to_do(config: ConfigDict, workdir: pathlib.Path) -> tuple[dict[str, int], list[str]]:
+    """Steps of the stages' last checkpoints, 0 where there is none; the stages not complete yet.
+
+    Raises:
+      UserError: the workdir is of another config's run, or a complete stage is not whole.
+    """
+    workdirs.check_config(json.loads(config.to_json()), workdir)
+    sections = {"first_stage": config.get("first_stage"), "diffusion": config}
+    last = {name: checkpoints.latest_step(workdir / name) or 0 for name in config.stages}
+    processes.agreed({f"the last checkpoint of {name}": step for name, step in last.items()})
+    unfinished = [name for name in config.stages if last[name] < sections[name].num_steps]
+    for name in config.stages:
+        if name not in unfinished:
+            checkpoints.check_whole(workdir / name, last[name])
+    return last, unfinished
 
 
 def check_batch_sizes(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:

@@ -55,6 +55,7 @@ def test_only_the_decoder_is_finetuned(trained_workdir, diffusers_folder, smoke_
     asked = iter(range(100))
     assert not train(config, tmp_path, lambda: next(asked) >= 2)
     shutil.move(diffusers_folder, tmp_path / "away")  # it has what it needs of that
+    config.first_stage.init_from = str(tmp_path / "away")
     assert train(config, tmp_path)
     shutil.move(tmp_path / "away", diffusers_folder)
     before = first_stages.open_first_stage(diffusers_folder)

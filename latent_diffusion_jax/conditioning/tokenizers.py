@@ -78,7 +78,11 @@ def load(text: str, where: str = JSON_FILE) -> tokenizers.Tokenizer:
             raise ValueError("it does not pad and cut to a fixed length")
         if not 3 <= length <= MAX_LENGTH:
             raise ValueError(f"it pads to {length} tokens; 3 to {MAX_LENGTH} are expected")
-        merges = [(left, right) for left, right in model.get("merges") or []]
+        # Older versions of `tokenizers` write a pair as one text.
+        if not isinstance(given := model.get("merges"), list):
+            raise ValueError("its model is not as training here writes it")
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in given]
+        model["merges"], merges = pairs, [(left, right) for left, right in pairs]
         tokenizer = _without_ends(models.BPE(model["vocab"], merges))
         tokenizer.add_special_tokens([PAD, START, END])
         _with_ends(tokenizer, length)

@@ -53,20 +53,20 @@ class Kept(checkpoint_managers.PreservationPolicy):
       last: so many of the last ones.
       every: those whose step it divides; 0: none.
       best: the one with the lowest of `scores`.
-      passing: step of one that is not of the last ones any more when there is a later one.
+      regular: of the last ones only those count whose step it divides, and the very last.
       scores: of checkpoints, by their steps; one without cannot be the best.
     """
 
     last: int = 1
     every: int = 0
     best: bool = False
-    passing: int = -1
+    regular: int = 1
     scores: dict[int, float] = dataclasses.field(default_factory=dict)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
-        lasting = [step for step in steps[:-1] if step != self.passing] + steps[-1:]
+        lasting = [step for step in steps[:-1] if step % self.regular == 0] + steps[-1:]
         stay = set(lasting[-self.last :])
         stay |= {step for step in steps if self.every and step % self.every == 0}
         scored = [step for step in steps if math.isfinite(self.scores.get(step, math.nan))]

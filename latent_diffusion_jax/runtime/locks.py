@@ -16,8 +16,10 @@ from latent_diffusion_jax.runtime import processes, stopping
 from latent_diffusion_jax.runtime.errors import StorageError
 
 FILE = "lock"
+RUN = "config.json"  # that the folder of a run has
 SECONDS = 90.0  # for which a run that is ending, or whose host is gone, is waited for
 SEEN_SECONDS = 90.0  # in which all hosts see a new file; some look a minute later
+TRIES = 5  # to read it, a second apart
 TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
 
 
@@ -63,10 +65,13 @@ def alone_in(folder: pathlib.Path) -> Iterator[str]:
             except OSError as error:
                 reason = error.strerror or error
                 raise StorageError(f"cannot write to {folder}: {reason}") from error
-            if not _is_there(folder, text):  # the file that was opened is deleted
-                continue
-            yield text
-            return
+            if _is_there(folder, text):
+                yield text
+                return
+        # The file that was opened has been deleted meanwhile.
+        if time.monotonic() - start >= SECONDS:
+            raise StorageError(f"cannot write to {folder}: {FILE} in it is not what was written")
+        time.sleep(0.2)
 
 
 def _of(folder: pathlib.Path) -> str:
@@ -79,10 +84,16 @@ def _of(folder: pathlib.Path) -> str:
 
 
 def _is_there(folder: pathlib.Path, text: str) -> bool:
-    try:
-        return (folder / FILE).read_text() == text
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    for left in reversed(range(TRIES)):
+        try:
+            return (folder / FILE).read_text() == text
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # disks of other machines are away for a moment
+            if not left:
+                raise
+            time.sleep(1.0)
+    return False
 
 
 def _remove_if_empty(folder: pathlib.Path, text: str) -> None:
@@ -119,8 +130,13 @@ def claimed(folder: pathlib.Path) -> Iterator[Callable[[], None]]:
             time.sleep(0.5)
 
         def check() -> None:
+            nonlocal text
             try:
                 if not first or _is_there(folder, text):
+                    return
+                if not (folder / FILE).exists() and (folder / RUN).exists():  # somebody tidies up
+                    logging.warning("%s was deleted, and is written anew", folder / FILE)
+                    text = stack.enter_context(alone_in(folder))
                     return
             except OSError as error:
                 raise StorageError(f"cannot read {folder}: {error.strerror or error}") from error

@@ -55,7 +55,7 @@ class Ahead:
     """Batches ahead of the loop, one of them on the devices.
 
     Attributes:
-      batch: the next one to train on.
+      batch: the next one to train on; None where there is none.
       position: of the loader before that one: where a run goes on that is stopped now.
       error: why there are none after the spare ones; None where nothing is the matter.
     """
@@ -71,14 +71,16 @@ class Ahead:
             a little when one of them cannot read any more.
 
         Raises:
-          Exception: the first one cannot be read.
+          Exception: one of them cannot be read. Where a run would begin with fewer spare ones, the
+            processes could not agree to stop in time.
         """
         self._loader, self._put, self._left, self._spare = loader, put, count, spare
         self._waiting: collections.deque[tuple[Any, Any]] = collections.deque()
         self._end = loader.get_state()  # behind those that wait
+        self.batch: Any = None
         self.error: Exception | None = None
         self.advance()
-        if self.error is not None and not hasattr(self, "batch"):
+        if self.error is not None:
             raise self.error
 
     def advance(self) -> float:
@@ -96,7 +98,7 @@ class Ahead:
                 self._end = self._loader.get_state()
                 self._left -= 1
         waited = time.perf_counter() - start
-        self.position = self._end
+        self.position, self.batch = self._end, None
         if self._waiting:
             self.position, rows = self._waiting.popleft()
             self.batch = self._put(rows)

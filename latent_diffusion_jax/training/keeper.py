@@ -27,13 +27,13 @@ class Keeping:
       every: those whose step it divides; 0: none.
       best: figure of held-out data that one more has the lowest of, or the highest where it begins
         with "-"; "" for none.
-      passing: step of one that is not of the last ones any more when there is a later one.
+      regular: of the last ones only those count whose step it divides, and the very last.
     """
 
     last: int = 1
     every: int = 0
     best: str = ""
-    passing: int = -1
+    regular: int = 1
 
     @property
     def figure(self) -> str:
@@ -107,7 +107,7 @@ def open_keeper(folder: pathlib.Path, keeping: Keeping) -> Iterator[Keeper]:
     """The checkpoints in a stage's folder, which is made; waits for saves at the end."""
     scores = _scores(folder / SCORES, keeping.best) if keeping.best else {}
     kept = checkpoints.Kept(
-        keeping.last, keeping.every, bool(keeping.best), keeping.passing, scores
+        keeping.last, keeping.every, bool(keeping.best), keeping.regular, scores
     )
     with checkpoints.open_manager(folder, kept=kept, create=True) as manager:
         for step in [step for step in scores if step > (manager.latest_step() or 0)]:

@@ -142,7 +142,7 @@ def train_stage(
     with contextlib.ExitStack() as stack:
         stack.callback(loader.close)
         stack.enter_context(jax.set_mesh(mesh))  # that constraints inside the step are meant for
-        keeping = dataclasses.replace(run.keeping, best=keep_best, passing=num_steps - 1)
+        keeping = dataclasses.replace(run.keeping, best=keep_best, regular=run.checkpoint_every)
         keeper = stack.enter_context(open_keeper(run.workdir / name, keeping))
         start_step = keeper.last()
         processes.agreed({f"the last checkpoint of {name}": start_step})

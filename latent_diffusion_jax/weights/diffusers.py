@@ -170,6 +170,8 @@ def integer(
 ) -> int:
     """A config's entry that must be an integer in a range; else a UserError that names it."""
     value = config.get(key, default)
+    if isinstance(value, float) and value.is_integer():  # as YAML's converters write them
+        value = int(value)
     if type(value) is not int or not least <= value <= most:
         raise UserError(
             f"{where} has {key} {value!r:.60}; it must be an integer of {least} to {most}"

@@ -359,9 +359,9 @@ def test_which_checkpoints_stay():
     assert kept_of(steps) == [35]
     assert kept_of(steps, last=2) == [30, 35]
     assert kept_of(steps, every=20) == [20, 35]
-    assert kept_of(steps, last=2, passing=30) == [25, 35]
-    assert kept_of(steps, last=2, passing=35) == [30, 35]
-    assert kept_of(steps, last=1, every=10, passing=30) == [10, 20, 30, 35]
+    assert kept_of(steps, last=3, regular=20) == [20, 35]
+    assert kept_of(steps, last=2, regular=5) == [30, 35]
+    assert kept_of(steps, last=2, every=25, regular=10) == [25, 30, 35]
     scores = {10: 0.3, 20: 0.2, 30: 0.4, 99: 0.0}  # of 99 there is no checkpoint any more
     assert kept_of(steps, best=True, scores=scores) == [20, 35]
     assert kept_of(steps, last=2, every=10, best=True, scores={25: 0.1}) == steps

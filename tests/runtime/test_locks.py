@@ -91,6 +91,16 @@ def test_a_claim_says_when_the_folder_is_another(tmp_path):
     assert not folder.exists(), "nothing came of it"
 
 
+def test_a_lock_that_somebody_deletes_is_taken_anew(tmp_path):
+    with locks.claimed(tmp_path) as check:
+        (tmp_path / locks.RUN).touch()
+        (tmp_path / locks.FILE).unlink()
+        check()
+        check()
+        with (tmp_path / locks.FILE).open() as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def test_a_claim_leaves_what_is_anothers(start, tmp_path, monkeypatch):
     start(600)
     monkeypatch.setattr(locks, "SECONDS", 0.5)
