@@ -1,4 +1,4 @@
-"""Batches ahead of the loop: in order, with the position that a run goes on from, to the last one."""
+"""Batches ahead of the loop: in order, each with its position, and as many as are trained on."""
 
 import pytest
 
