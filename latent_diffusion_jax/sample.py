@@ -38,8 +38,8 @@ def read_prompts(prompt: str | None, prompts_file: str | None) -> list[str]:
     if prompts_file is None:
         return [prompt or ""]
     try:
-        content = files.read_bytes(pathlib.Path(prompts_file).expanduser(), MAX_PROMPTS_FILE)
-        lines = content.decode("utf-8-sig").split("\n")
+        path = pathlib.Path(prompts_file).expanduser()
+        lines = files.read_text(path, MAX_PROMPTS_FILE).split("\n")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read prompts file {prompts_file}: {reason}") from error

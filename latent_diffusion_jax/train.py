@@ -82,7 +82,7 @@ def train(
     mesh = sharding.make_mesh(dict(config.mesh))
     check_batch_sizes(config, mesh)
     distributed.meet(mesh)
-    if not stages_to_do(config, workdir)[1]:
+    if not workdirs.stages_to_do(config, workdir)[1]:
         logging.info("all of %s is complete, nothing to do", workdir)  # also where it is read-only
         return True
     try:
@@ -104,7 +104,7 @@ def _train(
 ) -> bool:
     as_json = json.loads(config.to_json())
     workdirs.check_first_stage(as_json, workdir)
-    last, unfinished = stages_to_do(config, workdir)
+    last, unfinished = workdirs.stages_to_do(config, workdir)
     for name in config.stages:
         if name not in unfinished:
             logging.info("%s: complete at step %d, nothing to do", name, last[name])
@@ -186,23 +186,6 @@ def _train(
     logging.info("done: checkpoints and config in %s, scalars in metrics.jsonl there,", workdir)
     logging.info("scalars and pictures: tensorboard --logdir=%s/tensorboard", workdir)
     return True
-
-
-def stages_to_do(config: ConfigDict, workdir: pathlib.Path) -> tuple[dict[str, int], list[str]]:
-    """Steps of the stages' last checkpoints, 0 where there is none; the stages not complete yet.
-
-    Raises:
-      UserError: the workdir is of another config's run, or a complete stage is not whole.
-    """
-    workdirs.check_config(json.loads(config.to_json()), workdir)
-    sections = {"first_stage": config.get("first_stage"), "diffusion": config}
-    last = {name: checkpoints.latest_step(workdir / name) or 0 for name in config.stages}
-    processes.agreed({f"the last checkpoint of {name}": step for name, step in last.items()})
-    unfinished = [name for name in config.stages if last[name] < sections[name].num_steps]
-    for name in config.stages:
-        if name not in unfinished:
-            checkpoints.check_whole(workdir / name, last[name])
-    return last, unfinished
 
 
 def check_batch_sizes(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:

@@ -4,8 +4,10 @@ import json
 import pathlib
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from latent_diffusion_jax import older_configs
-from latent_diffusion_jax.runtime import checkpoints
+from latent_diffusion_jax.runtime import checkpoints, processes
 from latent_diffusion_jax.runtime.commands import differences, flatten
 from latent_diffusion_jax.runtime.errors import StorageError, UserError
 
@@ -118,3 +120,20 @@ def check_first_stage(config: dict[str, Any], workdir: pathlib.Path) -> None:
             f"it was trained on, {workdir / 'first_stage'}, is gone: put it back, or begin anew in "
             "another --workdir"
         )
+
+
+def stages_to_do(config: ConfigDict, workdir: pathlib.Path) -> tuple[dict[str, int], list[str]]:
+    """Steps of the stages' last checkpoints, 0 where there is none; the stages not complete yet.
+
+    Raises:
+      UserError: the workdir is of another config's run, or a complete stage is not whole.
+    """
+    check_config(json.loads(config.to_json()), workdir)
+    sections = {"first_stage": config.get("first_stage"), "diffusion": config}
+    last = {name: checkpoints.latest_step(workdir / name) or 0 for name in config.stages}
+    processes.agreed({f"the last checkpoint of {name}": step for name, step in last.items()})
+    unfinished = [name for name in config.stages if last[name] < sections[name].num_steps]
+    for name in config.stages:
+        if name not in unfinished:
+            checkpoints.check_whole(workdir / name, last[name])
+    return last, unfinished

@@ -225,16 +225,12 @@ def test_bad_input_is_refused_before_anything_is_written(smoke_config, tmp_path)
             r"cannot read LPIPS weights none\.safetensors")  # fmt: skip
 
 
-def test_damaged_images_stop_the_run_before_the_first_step(smoke_config, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    from PIL import Image
-
-    for i in range(20):
-        Image.new("RGB", (40, 36), (i * 10, 0, 0)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"red number {i}")
-    (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:60])
-    smoke_config.data.name = str(folder)
+def test_damaged_images_stop_the_run_before_the_first_step(smoke_config, tmp_path, image_folder):
+    for path in image_folder.iterdir():
+        path.with_suffix(".txt").write_text(f"red number {path.stem}")
+    damaged = image_folder / "07.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    smoke_config.data.name = str(image_folder)
     smoke_config.data.holdout_share = 0.2
     check_refused(smoke_config, tmp_path, r"1 of \d+ images cannot be decoded.*7\.png")
     smoke_config.data.max_damaged_share = 0.2
@@ -244,15 +240,10 @@ def test_damaged_images_stop_the_run_before_the_first_step(smoke_config, tmp_pat
 
 @pytest.mark.parametrize("asked_to_stop", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_data_that_vanishes_ends_the_run_with_everything_saved(
-    smoke_config, asked_to_stop, tmp_path
+    smoke_config, asked_to_stop, tmp_path, image_folder
 ):
     """A run that loses its data and gets it back ends as one that never did."""
-    from PIL import Image
-
-    folder, away = tmp_path / "data", tmp_path / "away"
-    folder.mkdir()
-    for i in range(20):
-        Image.new("RGB", (40, 36), (i * 10, 0, 0)).save(folder / f"{i}.png")
+    folder, away = image_folder, tmp_path / "away"
     smoke_config.stages = ("first_stage",)
     smoke_config.data.name, smoke_config.data.caption_key = str(folder), ""
     smoke_config.data.holdout_share, smoke_config.data.retry_seconds = 0.2, 0.0
@@ -422,14 +413,9 @@ def test_the_best_checkpoint_stays(smoke_config, tmp_path):
     assert steps == {best, 6}, scores
 
 
-def test_a_run_does_not_go_on_with_other_data(smoke_config, tmp_path):
+def test_a_run_does_not_go_on_with_other_data(smoke_config, tmp_path, image_folder):
     """One image more, and the order of all of them would be another."""
-    from PIL import Image
-
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for i in range(20):
-        Image.new("RGB", (40, 36), (i * 10, 0, 0)).save(folder / f"{i:02}.png")
+    folder = image_folder
     smoke_config.stages = ("first_stage",)
     smoke_config.data.name, smoke_config.data.caption_key = str(folder), ""
     smoke_config.data.holdout_share = 0.0
@@ -437,7 +423,7 @@ def test_a_run_does_not_go_on_with_other_data(smoke_config, tmp_path):
     (folder / "19.png").rename(folder / "20.png")
     with pytest.raises(UserError, match=r"data are not those .* began with \(identity: "):
         train(smoke_config, tmp_path / "run")
-    Image.new("RGB", (40, 36)).save(folder / "19.png")
+    shutil.copy(folder / "18.png", folder / "19.png")
     with pytest.raises(UserError, match=r"data are not .* \(records: 19 then, 20 now; identity: "):
         train(smoke_config, tmp_path / "run")
     (folder / "20.png").unlink()

@@ -7,27 +7,25 @@ which are compared when they are read.
 """
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import json
-import math
 import pathlib
 import re
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from orbax.checkpoint import checkpoint_managers, multihost
 
 from latent_diffusion_jax.runtime import digests, processes
 from latent_diffusion_jax.runtime.errors import StorageError, UserError
+from latent_diffusion_jax.runtime.retention import Deleter, Kept
 from latent_diffusion_jax.runtime.trees import flatten_names, path_name
 
 NAMED = 50  # arrays that an error names; more are counted
@@ -43,36 +41,6 @@ def _state_handler() -> ocp.PyTreeCheckpointHandler:
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=WHOLE_BYTES)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-
-
-@dataclasses.dataclass
-class Kept(checkpoint_managers.PreservationPolicy):
-    """Which checkpoints stay when a new one has been written.
-
-    Attributes:
-      last: so many of the last ones.
-      every: those whose step it divides; 0: none.
-      best: the one with the lowest of `scores`.
-      regular: of the last ones only those count whose step it divides, and the very last.
-      scores: of checkpoints, by their steps; one without cannot be the best.
-    """
-
-    last: int = 1
-    every: int = 0
-    best: bool = False
-    regular: int = 1
-    scores: dict[int, float] = dataclasses.field(default_factory=dict)
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        lasting = [step for step in steps[:-1] if step % self.regular == 0] + steps[-1:]
-        stay = set(lasting[-self.last :])
-        stay |= {step for step in steps if self.every and step % self.every == 0}
-        scored = [step for step in steps if math.isfinite(self.scores.get(step, math.nan))]
-        if self.best and scored:
-            stay.add(min(scored, key=lambda step: self.scores[step]))
-        return [step in stay for step in steps]
 
 
 @contextlib.contextmanager
@@ -112,7 +80,7 @@ def open_manager(
     except OSError as error:
         raise StorageError(f"cannot open {directory}: {error.strerror or error}") from error
     if create:
-        manager._checkpoint_deleter = deleter = _Deleter(directory)
+        manager._checkpoint_deleter = deleter = Deleter(directory)
         deleter.clear()
     try:
         yield manager
@@ -122,44 +90,6 @@ def open_manager(
         raise
     with saving(manager) if create else contextlib.nullcontext():
         manager.close()
-
-
-DELETED = ".deleted"  # at the end of names, while what is there is being removed
-
-
-class _Deleter:
-    """Removes checkpoints, in the place of Orbax's own, for which a failure is one of the save.
-
-    They first get another name: what is left by a process that is killed, or by disks of other
-    machines where somebody reads, is never taken for a checkpoint.
-    """
-
-    def __init__(self, directory: pathlib.Path):
-        self._directory = directory
-
-    def delete(self, step: int) -> None:
-        """Removes one, or warns."""
-        if jax.process_index() != 0:
-            return
-        path = self._directory / str(step)
-        try:
-            path = path.rename(path.with_suffix(DELETED))
-            shutil.rmtree(path)
-        except OSError as error:
-            logging.warning("cannot delete %s: %s; remove it", path, error.strerror or error)
-
-    def delete_steps(self, steps: Sequence[int]) -> None:
-        for step in steps:
-            self.delete(step)
-
-    def clear(self) -> None:
-        """Removes what could not be before."""
-        if jax.process_index() == 0:
-            for path in self._directory.glob(f"*{DELETED}"):
-                shutil.rmtree(path, ignore_errors=True)
-
-    def close(self) -> None:
-        pass
 
 
 def _meet_unless_failed(caller: threading.Thread, *, key: str, timeout_ms: int) -> None:

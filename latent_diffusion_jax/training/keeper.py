@@ -13,6 +13,7 @@ from absl import logging
 
 from latent_diffusion_jax.runtime import checkpoints
 from latent_diffusion_jax.runtime.errors import UserError
+from latent_diffusion_jax.runtime.retention import Kept
 from latent_diffusion_jax.training.state import State
 
 SCORES = "scores.json"
@@ -106,9 +107,7 @@ class Keeper:
 def open_keeper(folder: pathlib.Path, keeping: Keeping) -> Iterator[Keeper]:
     """The checkpoints in a stage's folder, which is made; waits for saves at the end."""
     scores = _scores(folder / SCORES, keeping.best) if keeping.best else {}
-    kept = checkpoints.Kept(
-        keeping.last, keeping.every, bool(keeping.best), keeping.regular, scores
-    )
+    kept = Kept(keeping.last, keeping.every, bool(keeping.best), keeping.regular, scores)
     with checkpoints.open_manager(folder, kept=kept, create=True) as manager:
         for step in [step for step in scores if step > (manager.latest_step() or 0)]:
             del scores[step]  # of a checkpoint that a kill has prevented, and that comes anew

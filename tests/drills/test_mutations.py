@@ -220,7 +220,10 @@ def test_what_notes_say(tmp_path, count):
             text = f"{type(error).__name__}: {error}"
             raise AssertionError(f"{text[:500]}, of {mutated}"[:2000]) from None
 
+    assert len(said) >= 4
     drill(count, attempt)
+    files.write(path, tensors, {single_files.NOTES: json.dumps(said)})
+    load_whole(path)
 
 
 # Checkpoints.

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from latent_diffusion_jax.conditioning import tokenizers
-from latent_diffusion_jax.runtime import checkpoints, sharding
+from latent_diffusion_jax.runtime import checkpoints, retention, sharding
 from latent_diffusion_jax.runtime.errors import UserError
 from latent_diffusion_jax.training.state import State
 
@@ -51,7 +51,7 @@ def make_state(mesh, seed=0) -> State:
 
 def save(directory, steps, items=ITEMS, keep=5, state=None):
     state = make_state(mesh_of(jax.devices())) if state is None else state
-    with checkpoints.open_manager(directory, kept=checkpoints.Kept(keep), create=True) as manager:
+    with checkpoints.open_manager(directory, kept=retention.Kept(keep), create=True) as manager:
         for step in steps:
             checkpoints.save(manager, step, state, items)
         manager.wait_until_finished()
@@ -348,7 +348,7 @@ def test_one_that_cannot_be_deleted_is_no_reason_to_stop(tmp_path, monkeypatch, 
 
 
 def kept_of(steps, **rules):
-    kept = checkpoints.Kept(**rules)
+    kept = retention.Kept(**rules)
     infos = [types.SimpleNamespace(step=step) for step in steps]
     stay = kept.should_preserve(infos, context=None)
     return [step for step, stays in zip(steps, stay, strict=True) if stays]
@@ -376,7 +376,7 @@ def test_which_checkpoints_stay():
 
 
 def test_what_stays_is_decided_at_each_save(tmp_path):
-    kept = checkpoints.Kept(last=1, every=4, best=True)
+    kept = retention.Kept(last=1, every=4, best=True)
     with checkpoints.open_manager(tmp_path / "s", kept=kept, create=True) as manager:
         for step, score in {2: 0.5, 3: 0.1, 4: 0.3, 5: 0.2, 6: 0.9}.items():
             checkpoints.save(manager, step, {"x": jnp.ones(3)}, ITEMS)
@@ -389,7 +389,7 @@ def test_reading_creates_and_deletes_nothing(tmp_path):
         pass
     assert not (tmp_path / "s").exists()
     save(tmp_path / "s", [1, 2, 3])
-    with checkpoints.open_manager(tmp_path / "s", kept=checkpoints.Kept(1)):
+    with checkpoints.open_manager(tmp_path / "s", kept=retention.Kept(1)):
         pass
     assert len(list((tmp_path / "s").iterdir())) == 3
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion_jax.runtime import checkpoints, digests, sharding
+from latent_diffusion_jax.runtime import checkpoints, digests, retention, sharding
 from latent_diffusion_jax.runtime.errors import StorageError, UserError
 
 # From Orbax, after an array that cannot be read.
@@ -36,7 +36,7 @@ def shapes():
 
 
 def save(directory, step, seed=0):
-    with checkpoints.open_manager(directory, kept=checkpoints.Kept(9), create=True) as manager:
+    with checkpoints.open_manager(directory, kept=retention.Kept(9), create=True) as manager:
         checkpoints.save(manager, step, state(seed), ITEMS)
 
 
